@@ -1,0 +1,185 @@
+"""Standardisation of examples, and the smallest noise that makes sense in each column."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cpmm_jax.data.checks import as_matrix, check_examples, listing
+from cpmm_jax.errors import DataError, DataWarning
+
+_CHUNK = 1 << 20  # numbers converted to float64 at a time (8 MiB)
+_Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Standardizer:
+    """The affine map z = (x - shift) / scale, column by column, and the grain of each column.
+
+    Attributes:
+        shift: column means, float64 (D,), in the units of the data.
+        scale: column standard deviations, float64 (D,), positive, in the units of the data.
+        resolution: step of the grid on which a column was recorded, float64 (D,), in the units of
+            the data; 0 where the column looks continuous.
+
+    Example:
+        >>> s = Standardizer.fit([[1.0, 10.0], [2.0, 30.0], [2.0, 10.0], [1.0, 10.0], [1.0, 10.0]])
+        >>> s.resolution.tolist()
+        [1.0, 20.0]
+        >>> bool(abs(s.transform([[1.4, 14.0]])).max() < 1e-6)
+        True
+    """
+
+    shift: _Vector
+    scale: _Vector
+    resolution: _Vector
+
+    @classmethod
+    def fit(cls, x: npt.ArrayLike, *, names: Sequence[str] | None = None) -> Standardizer:
+        """Measure shift, scale and resolution of training examples.
+
+        A column with fewer distinct values than half its rows is taken to be recorded on a grid;
+        its resolution is the smallest gap between distinct values (gaps of the size of a rounding
+        error apart). A constant column gets its value as shift, scale 1, and the median resolution
+        of the columns that are on a grid, or 1 if there are none and its value is whole, so that
+        its noise is floored at a plausible size.
+
+        Args:
+            x: training examples, (N, D).
+            names: names of the columns, for the warnings.
+
+        Raises:
+            DataError: see `check_examples`; or values too large for float64 sums.
+
+        Warns:
+            DataWarning: constant columns (once, naming them), duplicated columns (once, the pairs).
+        """
+        x = check_examples(x)
+        dim = x.shape[1]
+        label = list(names) if names is not None else [f"column {j}" for j in range(dim)]
+        rounding = 8 * float(np.finfo(x.dtype).eps)
+        shift, scale, resolution = np.zeros(dim), np.ones(dim), np.zeros(dim)
+        constant = np.zeros(dim, np.bool_)
+        for j in range(dim):
+            column = x[:, j].astype(np.float64)
+            values = np.unique(column)
+            constant[j] = len(values) == 1
+            if constant[j]:
+                shift[j] = values[0]
+                continue
+            shift[j], scale[j] = _moments(column, label[j])
+            if len(values) < len(column) / 2:
+                gaps = np.diff(values)
+                gaps = gaps[gaps > rounding * max(-values[0], values[-1])]
+                resolution[j] = gaps.min() if len(gaps) else 0.0
+        if constant.any():
+            grids = resolution[resolution > 0]
+            whole = shift == np.floor(shift)
+            guess = np.where(whole, 1.0, 0.0) if not len(grids) else np.median(grids)
+            resolution = np.where(constant, guess, resolution)
+            found = [label[j] for j in np.flatnonzero(constant)]
+            warnings.warn(
+                f"{len(found)} of {dim} columns are constant ({listing(found)}); their noise is "
+                "floored and they tell nothing; drop them if that is not wanted.",
+                DataWarning,
+                stacklevel=2,
+            )
+        pairs = _duplicates(x, constant)
+        if pairs:
+            found = [f"{label[i]} = {label[j]}" for i, j in pairs]
+            warnings.warn(
+                f"{len(pairs)} pair(s) of columns are equal ({listing(found)}); the density is "
+                "degenerate along them up to the noise floor; drop one of each.",
+                DataWarning,
+                stacklevel=2,
+            )
+        return cls(shift, scale, resolution)
+
+    @property
+    def dim(self) -> int:
+        """Number of features D."""
+        return len(self.shift)
+
+    def transform(self, x: npt.ArrayLike) -> npt.NDArray[Any]:
+        """Return z = (x - shift) / scale, (N, D), float32 or float64 as `x`.
+
+        Raises:
+            DataError: `x` is not numeric, not (N, D), or D differs from training.
+        """
+        return self._apply(as_matrix(x, name="x", dim=self.dim), forward=True)
+
+    def inverse(self, z: npt.ArrayLike) -> npt.NDArray[Any]:
+        """Return x = z * scale + shift, (N, D), float32 or float64 as `z`.
+
+        Raises:
+            DataError: `z` is not numeric, not (N, D), or D differs from training.
+        """
+        return self._apply(as_matrix(z, name="z", dim=self.dim), forward=False)
+
+    def _apply(self, x: npt.NDArray[Any], *, forward: bool) -> npt.NDArray[Any]:
+        # In float64, rows at a time: float32 would lose the digits of data far from the origin.
+        out = np.empty(x.shape, x.dtype)
+        rows = max(1, _CHUNK // self.dim)
+        for start in range(0, len(x), rows):
+            block = x[start : start + rows].astype(np.float64)
+            if forward:
+                block = (block - self.shift) / self.scale
+            else:
+                block = block * self.scale + self.shift
+            out[start : start + rows] = block
+        return out
+
+    def noise_floor(self, relative: float = 1e-4) -> _Vector:
+        """Return the smallest noise variance to allow per column, (D,), in standardised units.
+
+        A value recorded with step d stands for the interval of width d about it, and a uniform
+        error over that interval has variance d^2 / 12. A density with less noise than this reads
+        the recording, not the thing recorded: its log-likelihood grows without bound as a component
+        collapses onto a value that repeats. Columns without a visible step get `relative`.
+
+        Args:
+            relative: floor for every column, as a part of the column's variance.
+
+        Returns:
+            max(relative, resolution^2 / (12 scale^2)), at most 1 (the column's own variance),
+            float64 (D,).
+        """
+        return np.clip((self.resolution / self.scale) ** 2 / 12.0, relative, 1.0)
+
+
+def _moments(column: _Vector, name: str) -> tuple[float, float]:
+    """Return mean and standard deviation by two passes; the variance is never E[x^2] - mean^2."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = float(column.mean())
+        centred = column - mean
+        mean += float(centred.mean())  # takes out the rounding of the first pass
+        centred = column - mean
+        # Relative to the largest deviation, the squares neither overflow nor underflow.
+        spread = float(np.abs(centred).max())
+        std = spread * float(np.sqrt(np.mean((centred / spread) ** 2))) if spread > 0 else 0.0
+    if not (np.isfinite(mean) and np.isfinite(std) and std > 0):
+        raise DataError(
+            f"`x` must have columns whose mean and spread float64 can hold; got {name} with values "
+            f"from {column.min():.3g} to {column.max():.3g}; rescale that column."
+        )
+    return mean, std
+
+
+def _duplicates(x: npt.NDArray[Any], constant: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Return pairs (first, later) of equal columns, constant ones left out."""
+    pairs: list[tuple[int, int]] = []
+    seen: dict[int, list[int]] = {}
+    for j in np.flatnonzero(~constant).tolist():
+        column = x[:, j] + 0.0  # turns -0.0, equal to 0.0 but of other bytes, into 0.0
+        alike = seen.setdefault(hash(column.tobytes()), [])
+        first = next((i for i in alike if np.array_equal(x[:, i], column)), None)
+        if first is None:
+            alike.append(j)
+        else:
+            pairs.append((first, j))
+    return pairs

@@ -1,0 +1,177 @@
+"""Augmented trajectories: from pseudotimes to components.
+
+The state h(t) of one trajectory is a pytree: the parameters of one component, held in an `MFA`
+without its component axis, and augmented channels that only the field reads. Saved at T pseudotimes
+the same pytree has a leading axis of length T, and *is* a mixture of T components.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cpmm_jax.dynamics.solve import Solution, SolverConfig, solve
+from cpmm_jax.mixture.density import Components, reduce_log_prob
+from cpmm_jax.mixture.mfa import MFA
+
+
+@dataclass(frozen=True)
+class StratifiedTimes:
+    """One uniform draw in each of T equal cells of [0, 1]: unbiased, with low variance."""
+
+    def __call__(self, key: Array, num_times: int) -> Float[Array, " T"]:
+        """Draw increasing pseudotimes, shape (T,)."""
+        return (jnp.arange(num_times) + jax.random.uniform(key, (num_times,))) / num_times
+
+
+@dataclass(frozen=True)
+class UniformTimes:
+    """T independent uniform draws from [0, 1], as in the paper (section 3.1)."""
+
+    def __call__(self, key: Array, num_times: int) -> Float[Array, " T"]:
+        """Draw pseudotimes, sorted, shape (T,)."""
+        return jnp.sort(jax.random.uniform(key, (num_times,)))
+
+
+@dataclass(frozen=True)
+class GridTimes:
+    """The midpoints of T equal cells of [0, 1]; what extraction and evaluation use."""
+
+    def __call__(self, key: Array | None, num_times: int) -> Float[Array, " T"]:
+        """Return the midpoints, shape (T,); `key` is not used."""
+        return (jnp.arange(num_times) + 0.5) / num_times
+
+
+@flax.struct.dataclass
+class TrajectoryState:
+    """h(t): the parameters of one component, and channels that the density never reads.
+
+    Attributes:
+        component: an `MFA` without component axis: means (D,), loadings (D, R), log_noise (D,);
+            `logits` is a scalar when the weights evolve and None when they are constant.
+        augmented: shape (A,).
+    """
+
+    component: MFA
+    augmented: Float[Array, " A"]
+
+
+def _move(t: Any, states: TrajectoryState, field: Any) -> TrajectoryState:
+    """Apply one field to all trajectories; states have leading axes (C, S)."""
+    over_trajectories = jax.vmap(lambda state: field(t, state))
+    return jax.vmap(over_trajectories)(states)
+
+
+def _move_by_class(t: Any, states: TrajectoryState, fields: Any) -> TrajectoryState:
+    """Apply each class's own field; states (C, S, ...), fields stacked along C."""
+    over_trajectories = jax.vmap(lambda field, state: field(t, state), in_axes=(None, 0))
+    return jax.vmap(over_trajectories)(fields, states)
+
+
+def integrate(
+    field: Any,
+    initial: TrajectoryState,
+    times: Float[Array, " T"],
+    config: SolverConfig,
+    *,
+    field_per_class: bool = False,
+) -> Solution:
+    """Integrate all trajectories together and read their components at `times`.
+
+    Args:
+        field: a field f(t, state) for one trajectory; with `field_per_class` a pytree of C fields
+            stacked along a leading axis.
+        initial: h(0) of every trajectory, leading axes (C, S).
+        times: increasing pseudotimes in [0, 1], shape (T,).
+        config: how to solve.
+        field_per_class: whether every class has a field of its own.
+
+    Returns:
+        A `Solution` whose states are an `MFA` with leading axes (C, S * T): trajectory by
+        trajectory, each in the order of time.
+    """
+    move = _move_by_class if field_per_class else _move
+    solution = solve(move, initial, times, config, args=field)
+
+    def components_first(leaf: Array) -> Array:
+        leaf = jnp.moveaxis(leaf, 0, 2)  # (T, C, S, ...) -> (C, S, T, ...)
+        return leaf.reshape(leaf.shape[0], -1, *leaf.shape[3:])
+
+    return solution._replace(states=jax.tree.map(components_first, solution.states.component))
+
+
+class _Integrand(NamedTuple):
+    field: Any
+    x: Array  # (N, D)
+    reference: Array  # (N, C, S)
+    log_floor: Array  # (D,)
+
+
+def _accumulate(t: Any, state: tuple[TrajectoryState, Array], args: _Integrand, move: Any) -> Any:
+    """Right-hand side of Eq. 6: the trajectories, and w(t) N(x; h(t)) relative to a reference."""
+    trajectories, _ = state
+    component = trajectories.component
+    shape = component.means.shape[:2]
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), component)
+    log_weights = jnp.zeros(flat.means.shape[0], flat.means.dtype)
+    if flat.logits is not None:
+        log_weights = flat.logits
+    noise = jnp.logaddexp(flat.log_noise, args.log_floor[None, :])
+    values = reduce_log_prob(
+        lambda log_prob: log_prob,
+        args.x,
+        Components(log_weights, flat.means, flat.loadings, noise),
+    )
+    rate = jnp.exp(values.reshape(-1, *shape) - args.reference)
+    return move(t, trajectories, args.field), rate
+
+
+def _accumulate_shared(t: Any, state: Any, args: _Integrand) -> Any:
+    return _accumulate(t, state, args, _move)
+
+
+def _accumulate_by_class(t: Any, state: Any, args: _Integrand) -> Any:
+    return _accumulate(t, state, args, _move_by_class)
+
+
+def integrate_density(
+    field: Any,
+    initial: TrajectoryState,
+    x: Float[Array, "N D"],
+    reference: Float[Array, "N C S"],
+    log_floor: Float[Array, " D"],
+    config: SolverConfig,
+    *,
+    field_per_class: bool = False,
+) -> Solution:
+    """Integrate w(t) N(x; h(t)) over pseudotime inside the solver (paper, Eq. 6), in log space.
+
+    As it stands the equation's extra state underflows: densities of tens of features are far below
+    the smallest float. Since its right-hand side does not depend on p itself, every example can be
+    integrated relative to a reference of its own, p = exp(reference) q, dq/dt = exp(log w N - reference);
+    with the reference near the largest value along the trajectory q stays near one.
+
+    Args:
+        field: as for `integrate`.
+        initial: as for `integrate`.
+        x: examples, shape (N, D).
+        reference: log-densities near the largest along each trajectory, shape (N, C, S).
+        log_floor: log of the noise floor, shape (D,).
+        config: how to solve; the examples share the steps with the trajectories.
+        field_per_class: as for `integrate`.
+
+    Returns:
+        A `Solution` whose states are log of the integral of w(t) N(x; h(t)) dt, shape (N, C, S).
+    """
+    start = (initial, jnp.zeros_like(reference))
+    right_hand_side = _accumulate_by_class if field_per_class else _accumulate_shared
+    args = _Integrand(field, x, jax.lax.stop_gradient(reference), log_floor)
+    solution = solve(right_hand_side, start, jnp.ones((1,), x.dtype), config, args=args)
+    ratio = solution.states[1][0]
+    tiny = jnp.finfo(ratio.dtype).tiny  # a solver that steps over a narrow peak may end at 0
+    return solution._replace(states=reference + jnp.log(jnp.maximum(ratio, tiny)))

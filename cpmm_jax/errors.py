@@ -1,0 +1,41 @@
+"""The exceptions and warnings of the package; each message names the thing, the rule, what was found and a remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class CpmmError(Exception):
+    """Base of every error raised on purpose; the command line prints it as one line."""
+
+
+class DataError(CpmmError, ValueError):
+    """Data, labels or a data file break a rule."""
+
+
+class ConfigError(CpmmError, ValueError):
+    """A setting is out of its range or does not fit the others."""
+
+
+class ArtifactError(CpmmError, ValueError):
+    """A mixture file is damaged, foreign, or of a later schema."""
+
+
+class RunError(CpmmError, OSError):
+    """A run folder exists already, cannot be written, or is not a run."""
+
+
+class SolverError(CpmmError, RuntimeError):
+    """The ODE could not be solved: steps exhausted, or a state that is not finite."""
+
+
+class TrainingError(CpmmError, RuntimeError):
+    """Training could not go on; `result` holds the best model so far (a `FitResult`)."""
+
+    def __init__(self, message: str, result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class DataWarning(UserWarning):
+    """Data are usable but deserve a look (constant or duplicated columns, few rows)."""

@@ -1,0 +1,199 @@
+"""The log-density of many components at many examples, fast where that is accurate.
+
+Two forms of the same number:
+
+- *Matrix products*, centred: with a = x - c, b = mean_k - c and c the mean of the means,
+  the squared Mahalanobis length is  a^2 . psi^-1 - 2 a . (b psi^-1) + b^2 . psi^-1 - |W a - W b|^2.
+  Three matrix products over all components, 2 N K D (R + 2) operations, nothing of size N K D.
+- *Residuals* (`linalg.log_prob`) in float64, one component at a time: several times slower, and
+  right however far the means lie from each other in units of the noise.
+
+The first cancels: its terms can be much larger than their sum. Their size is known, so the rounding
+error is bounded by it, and a block of examples whose bound exceeds `RELATIVE_ERROR` of its
+log-density is evaluated again by residuals (a real branch under `jit`; under `vmap` both are run).
+Derivatives are those of the matrix-product form, in the dtype of the arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cpmm_jax.errors import ConfigError
+from cpmm_jax.mixture import linalg
+
+RELATIVE_ERROR = 5e-6  # of max(1, |log p|); what the matrix-product form must promise
+RELEVANCE = 20.0  # nats below the best component where a component no longer moves log p
+BLOCK_ELEMENTS = 2**23  # elements held at a time by default: 32 MiB in float32
+
+
+class Components(NamedTuple):
+    """K weighted components: log_weights (K,), means (K, D), loadings (K, D, R), log_noise (K, D)."""
+
+    log_weights: Float[Array, " K"]
+    means: Float[Array, "K D"]
+    loadings: Float[Array, "K D R"]
+    log_noise: Float[Array, "K D"]
+
+
+def _centre(means: Float[Array, "K D"]) -> Float[Array, "1 D"]:
+    """Return the mean of the means, rounded to some bits less than the dtype has.
+
+    `x - centre` and `means - centre` must subtract the same number. Compiled into a fused
+    multiply-add, the division of the mean would reach one of them unrounded, which far from the
+    origin is a good part of a standard deviation; the explicit rounding cannot be fused away.
+    """
+    info = jnp.finfo(means.dtype)
+    return jax.lax.reduce_precision(
+        jnp.mean(means, axis=0, keepdims=True), int(info.nexp), int(info.nmant) - 6
+    )
+
+
+def _matrix_product_form(
+    x: Float[Array, "N D"], components: Components, factors: linalg.Factors
+) -> tuple[Float[Array, "N K"], Float[Array, "N K"]]:
+    """Return log w_k + log N_k and the size of the terms that cancelled in it."""
+    log_weights, means, loadings, _ = components
+    dim, rank = loadings.shape[1:]
+    centre = _centre(jax.lax.stop_gradient(means))
+    a, b = x - centre, means - centre
+    linear = b * factors.precision
+    b_square = jnp.sum(b * linear, axis=-1)[None, :]
+    squares = jnp.concatenate([a * a, a], axis=1)
+    quadratic = squares @ jnp.concatenate([factors.precision, -2.0 * linear], axis=1).T + b_square
+    if rank:
+        shift = jnp.sum(factors.projection * b[:, None, :], axis=-1)
+        projected = a @ factors.projection.reshape(-1, dim).T
+        projected = projected.reshape(*a.shape[:1], *shift.shape) - shift[None]
+        correction = jnp.sum(projected * projected, axis=-1)
+    else:
+        correction = jnp.zeros_like(quadratic)
+    constant = (log_weights - 0.5 * (factors.log_det + dim * linalg.LOG_TWO_PI))[None, :]
+    magnitude = quadratic + 2.0 * b_square + jnp.abs(constant)
+    return constant - 0.5 * (quadratic - correction), magnitude
+
+
+def _residual_form(x: Float[Array, "N D"], components: Components) -> Float[Array, "N K"]:
+    """Return log w_k + log N_k from residuals in float64, in the dtype of x."""
+    with jax.enable_x64(True):
+        log_weights, *parameters = (value.astype(jnp.float64) for value in components)
+        wide = x.astype(jnp.float64)
+        by_component = jax.lax.map(lambda p: linalg.log_prob(wide, *p), tuple(parameters))
+        return (by_component.T + log_weights[None, :]).astype(x.dtype)
+
+
+def _refine(
+    fast: Float[Array, "N K"],
+    magnitude: Float[Array, "N K"],
+    x: Float[Array, "N D"],
+    components: Components,
+) -> Float[Array, "N K"]:
+    """Replace the block by its residual form where rounding may have spoiled it."""
+    best = jnp.max(fast, axis=-1, keepdims=True)
+    relevant = ~(fast < best - RELEVANCE)  # also where an overflow made both infinite or NaN
+    error = float(jnp.finfo(fast.dtype).eps) * magnitude
+    excessive = ~(error <= RELATIVE_ERROR * jnp.maximum(1.0, jnp.abs(best)))
+    return jax.lax.cond(
+        jnp.any(relevant & excessive),
+        lambda fast, x, components: _residual_form(x, components),
+        lambda fast, x, components: fast,
+        fast,
+        x,
+        components,
+    )
+
+
+@jax.custom_jvp
+def _block_log_prob(
+    x: Float[Array, "N D"], components: Components, factors: linalg.Factors
+) -> Float[Array, "N K"]:
+    return _refine(*_matrix_product_form(x, components, factors), x, components)
+
+
+@_block_log_prob.defjvp
+def _block_log_prob_jvp(primals, tangents):  # type: ignore[no-untyped-def]
+    fast, derivative, magnitude = jax.jvp(_matrix_product_form, primals, tangents, has_aux=True)
+    return _refine(fast, magnitude, *primals[:2]), derivative
+
+
+def block_size(
+    num_examples: int, num_components: int, dim: int, rank: int, chunk_size: int | None
+) -> int:
+    """Return how many examples are evaluated at a time.
+
+    Args:
+        num_examples: N.
+        num_components: K (all classes together).
+        dim: D.
+        rank: R.
+        chunk_size: the user's choice; None for as many as keep `BLOCK_ELEMENTS` in memory.
+
+    Raises:
+        ConfigError: `chunk_size` is less than 1.
+    """
+    if chunk_size is None:
+        chunk_size = BLOCK_ELEMENTS // (num_components * (rank + 3) + 3 * dim)
+    elif chunk_size < 1:
+        raise ConfigError(
+            f"`chunk_size` must be at least 1 (examples evaluated at a time); got {chunk_size}. "
+            "Leave it out for a size that fits the memory."
+        )
+    return max(1, min(chunk_size, num_examples))
+
+
+def map_blocks(function: Callable[[Any], Any], rows: Any, size: int) -> Any:
+    """Apply `function` to blocks of at most `size` rows, one after the other.
+
+    Args:
+        function: maps a pytree of (n, ...) arrays to a pytree of (n, ...) arrays.
+        rows: a pytree of arrays with the same leading axis N.
+        size: rows in a block; blocks are made equal, the last one padded with zeros.
+
+    Returns:
+        The results with leading axis N. Memory for intermediates (also those of the derivative)
+        is that of one block.
+    """
+    total = jax.tree.leaves(rows)[0].shape[0]
+    if total <= size:
+        return function(rows)
+    count = math.ceil(total / size)
+    size = math.ceil(total / count)
+
+    def blocks(leaf: Array) -> Array:
+        padding = [(0, count * size - total)] + [(0, 0)] * (leaf.ndim - 1)
+        return jnp.pad(leaf, padding).reshape(count, size, *leaf.shape[1:])
+
+    stacked = jax.lax.map(jax.checkpoint(function), jax.tree.map(blocks, rows))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:total], stacked)
+
+
+def reduce_log_prob(
+    reduce: Callable[[Float[Array, "n K"]], Any],
+    x: Float[Array, "N D"],
+    components: Components,
+    chunk_size: int | None = None,
+) -> Any:
+    """Apply `reduce` to log w_k + log N(x_n; component k), block by block.
+
+    Args:
+        reduce: maps the (n, K) values of a block of examples to what is kept of them.
+        x: examples, shape (N, D).
+        components: K weighted components.
+        chunk_size: examples evaluated at a time; None for a size that fits the memory.
+
+    Returns:
+        What `reduce` returns, with leading axis N.
+    """
+    dtype = jnp.result_type(jnp.float32, x.dtype, *(leaf.dtype for leaf in components))
+    components = Components(*(leaf.astype(dtype) for leaf in components))
+    size = block_size(x.shape[0], *components.loadings.shape, chunk_size)
+    factors = jax.vmap(linalg.factorise)(components.loadings, components.log_noise)
+    with jax.default_matmul_precision("float32"):
+        return map_blocks(
+            lambda block: reduce(_block_log_prob(block, components, factors)), x.astype(dtype), size
+        )

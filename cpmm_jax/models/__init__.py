@@ -1,0 +1,1 @@
+"""What is trained; every model answers `mixture(times)` with a `HierarchicalMFA`."""

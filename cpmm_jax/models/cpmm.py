@@ -1,0 +1,246 @@
+"""CPMM: a mixture whose components are read off trajectories of a neural ODE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from cpmm_jax.dynamics.fields import MLPField
+from cpmm_jax.dynamics.solve import Solution, SolverConfig, check_result
+from cpmm_jax.dynamics.trajectory import GridTimes, TrajectoryState, integrate, integrate_density
+from cpmm_jax.errors import ConfigError
+from cpmm_jax.mixture.hierarchy import HierarchicalMFA
+from cpmm_jax.mixture.mfa import MFA, check_features
+from cpmm_jax.models.reading import Reading
+
+
+class CPMM(nnx.Module):
+    """A continuously parameterized mixture model.
+
+    Each of C classes has S trajectories; read at T pseudotimes they are K = S T components,
+
+        p(x) = sum_c lambda_c sum_s w_cs 1/T sum_j N(x; mean_cs(t_j), psi_cs(t_j) + L L^T),
+
+    where h_cs(t) = (mean, L, log psi, augmented) solves dh/dt = f(t, h) from a learned h_cs(0), and
+    all trajectories share f. C = 1, S = 1 is the plain CPMM of the paper; several trajectories in a
+    class, with learned weights w_cs, are a generalisation. The module is a plain pytree for `jax.*`
+    transforms.
+
+    Args:
+        dim: number of features, D.
+        rank: number of factors, R, with 0 <= R <= D.
+        num_classes: C.
+        num_trajectories: trajectories of each class, S.
+        augmented: augmented channels, A; by default twice the parameters of a component, at most
+            128.
+        widths: units of the field's hidden layers.
+        activation: "sin" or "tanh".
+        output_scale: scale of the untrained field; 0 for trajectories that start at rest.
+        evolve_weights: whether log-weights are part of the state instead of constant.
+        field_per_class: whether each class has a field of its own instead of a shared one.
+        initial_means: means at t = 0, shape (C, S, D), for instance class means or cluster
+            centres; by default standard normal draws, which suits standardised data.
+        initial_noise: noise variance at t = 0.
+        noise_floor: added to every noise variance, a scalar or shape (D,), in the squared units
+            of the data; it bounds the density where data are constant or recorded in steps.
+        solver: how the ODE is solved.
+        param_dtype: dtype of the parameters.
+        rngs: a flax `nnx.Rngs`, used here and not kept.
+
+    Raises:
+        ConfigError: a size out of range, or `initial_means` of another shape.
+
+    Example:
+        >>> import cpmm_jax as cpmm
+        >>> from flax import nnx
+        >>> model = cpmm.CPMM(2, 1, num_classes=3, rngs=nnx.Rngs(0))
+        >>> model.extract(5).components.means.shape
+        (3, 5, 2)
+
+    Source: CPMM paper, sections 3.1 and 3.2, Eq. 5 to 7.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        rank: int,
+        num_classes: int = 1,
+        num_trajectories: int = 1,
+        *,
+        augmented: int | None = None,
+        widths: Sequence[int] = (128, 128),
+        activation: str = "sin",
+        output_scale: float = 1.0,
+        evolve_weights: bool = False,
+        field_per_class: bool = False,
+        initial_means: Float[ArrayLike, "C S D"] | None = None,
+        initial_noise: float = 0.5,
+        noise_floor: Float[ArrayLike, " D"] | float = 1e-4,
+        solver: SolverConfig | None = None,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        sizes = {"dim": dim, "num_classes": num_classes, "num_trajectories": num_trajectories}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ConfigError(f"`{name}` must be at least 1; got {value}.")
+        if not 0 <= rank <= dim:
+            raise ConfigError(f"`rank` must lie between 0 and D = {dim}, the features; got {rank}.")
+        if augmented is None:
+            augmented = min(2 * (rank + 2) * dim, 128)
+        if augmented < 0:
+            raise ConfigError(f"`augmented` must be at least 0; got {augmented}.")
+        if not initial_noise > 0:
+            raise ConfigError(f"`initial_noise` must be a positive variance; got {initial_noise}.")
+        floor = np.asarray(noise_floor)
+        if floor.shape not in ((), (dim,)) or not np.all(floor > 0):
+            raise ConfigError(
+                f"`noise_floor` must be positive, a number or an array of shape ({dim},); "
+                f"got shape {floor.shape}, smallest {floor.min() if floor.size else None}."
+            )
+        self.dim, self.rank = dim, rank
+        self.num_classes, self.num_trajectories = num_classes, num_trajectories
+        self.field_per_class = field_per_class
+        self.solver = SolverConfig() if solver is None else solver
+
+        lead = (num_classes, num_trajectories)
+        if initial_means is None:
+            means = jax.random.normal(rngs.params(), (*lead, dim), param_dtype)
+        else:
+            means = jnp.asarray(initial_means, param_dtype)
+            if means.shape != (*lead, dim):
+                raise ConfigError(
+                    f"`initial_means` must have shape (C, S, D) = {(*lead, dim)}; "
+                    f"got {means.shape}."
+                )
+        loadings = jax.random.normal(rngs.params(), (*lead, dim, rank), param_dtype)
+        hidden = jax.random.normal(rngs.params(), (*lead, augmented), param_dtype)
+        self.means = nnx.Param(means)
+        self.loadings = nnx.Param(loadings * math.sqrt(0.5 / max(rank, 1)))
+        self.log_noise = nnx.Param(jnp.full((*lead, dim), math.log(initial_noise), param_dtype))
+        self.augmented = nnx.Param(hidden)
+        self.logits = nnx.Param(jnp.zeros(lead, param_dtype)) if evolve_weights else None
+        self.class_logits = nnx.Param(jnp.zeros((num_classes,), param_dtype))
+        self.trajectory_logits = nnx.Param(jnp.zeros(lead, param_dtype))
+        self.log_floor = nnx.Variable(jnp.log(jnp.full((dim,), floor, param_dtype)))
+
+        size = (rank + 2) * dim + int(evolve_weights) + augmented
+        make_field = partial(
+            MLPField,
+            size,
+            widths=tuple(widths),
+            activation=activation,
+            output_scale=output_scale,
+            param_dtype=param_dtype,
+        )
+        if field_per_class:
+            keys = jax.random.split(rngs.params(), num_classes)
+            self.field = jax.vmap(lambda key: make_field(rngs=nnx.Rngs(key)))(keys)
+        else:
+            self.field = make_field(rngs=rngs)
+
+    def initial_state(self) -> TrajectoryState:
+        """Return h(0) of every trajectory, with leading axes (C, S)."""
+        logits = None if self.logits is None else self.logits[...]
+        component = MFA(logits, self.means[...], self.loadings[...], self.log_noise[...])  # type: ignore[arg-type]
+        return TrajectoryState(component, self.augmented[...])
+
+    def read(self, times: Float[Array, " T"]) -> Reading:
+        """Solve the ODE and read the mixture at `times` (increasing, in [0, 1])."""
+        solution: Solution = integrate(
+            self.field,
+            self.initial_state(),
+            times,
+            self.solver,
+            field_per_class=self.field_per_class,
+        )
+        return Reading(self._mixture(solution.states), solution.num_steps, solution.result)
+
+    def _mixture(self, components: MFA) -> HierarchicalMFA:
+        num_times = components.means.shape[1] // self.num_trajectories
+        logits = jnp.repeat(self.trajectory_logits[...], num_times, axis=1)
+        if components.logits is not None:
+            logits = logits + components.logits
+        floor = self.log_floor[...][None, None, :]
+        return HierarchicalMFA(
+            self.class_logits[...],
+            components.replace(  # type: ignore[attr-defined]
+                logits=logits, log_noise=jnp.logaddexp(components.log_noise, floor)
+            ),
+        )
+
+    def mixture(self, times: Float[Array, " T"]) -> HierarchicalMFA:
+        """Return the mixture at `times`, differentiable; K = S T components in each class."""
+        return self.read(times).mixture
+
+    def extract(self, num_times: int) -> HierarchicalMFA:
+        """Return the mixture on the uniform grid of `num_times` pseudotimes.
+
+        `num_times` need not be the number that the model was trained with. After this the network
+        can be thrown away.
+
+        Raises:
+            ConfigError: `num_times` is less than 1.
+            SolverError: the ODE could not be solved.
+        """
+        if num_times < 1:
+            raise ConfigError(f"`num_times` must be at least 1; got {num_times}.")
+        reading = _read(self, GridTimes()(None, num_times))
+        check_result(reading.result)
+        return reading.mixture
+
+    def continuous_log_prob(
+        self, x: Float[ArrayLike, "N D"], *, reference_times: int = 32
+    ) -> Float[Array, " N"]:
+        """Evaluate log p(x) with the mixture integrated over pseudotime inside the solver (Eq. 6).
+
+        The limit of infinitely many components, for study: it needs the field, solves the ODE for
+        every batch of examples, and is as accurate as the solver's steps. The sampled form,
+        `extract(num_times).log_prob(x)`, approaches it as `num_times` grows.
+
+        Args:
+            x: examples, shape (N, D).
+            reference_times: pseudotimes of the sampled mixture that sets the scale of each
+                example, so that nothing underflows.
+
+        Returns:
+            Log-densities in nats, shape (N,).
+
+        Raises:
+            SolverError: the ODE could not be solved (only outside `jit`; inside, NaN).
+        """
+        times = GridTimes()(None, reference_times)
+        coarse = self.read(times).mixture
+        x = check_features(x, coarse.flatten())
+        shape = (x.shape[0], self.num_classes, self.num_trajectories)
+        flat = coarse.flatten()
+        uniform = flat.replace(logits=jnp.zeros_like(flat.logits))  # type: ignore[attr-defined]
+        sampled = uniform.component_log_prob(x) + math.log(flat.num_components)
+        solution = integrate_density(
+            self.field,
+            self.initial_state(),
+            x,
+            jnp.max(sampled.reshape(*shape, reference_times), axis=-1),
+            self.log_floor[...],
+            self.solver,
+            field_per_class=self.field_per_class,
+        )
+        if not isinstance(solution.result, jax.core.Tracer):
+            check_result(solution.result)
+        class_weights = jax.nn.log_softmax(self.class_logits[...])[None, :, None]
+        weights = jax.nn.log_softmax(self.trajectory_logits[...], axis=-1)[None]
+        log_prob = jax.nn.logsumexp(class_weights + weights + solution.states, axis=(1, 2))
+        return jnp.where(solution.ok, log_prob, jnp.nan)
+
+
+@jax.jit
+def _read(model: CPMM, times: Array) -> Reading:
+    return model.read(times)

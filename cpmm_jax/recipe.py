@@ -1,0 +1,272 @@
+"""From a table to a fitted mixture in the units of the table: default settings, and the whole path.
+
+Data are standardised, the model's size follows from the data where it is not given, the trajectories
+start at examples, and the fitted mixture is carried back to the units of the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from cpmm_jax.data.checks import check_enough_rows
+from cpmm_jax.data.standardise import Standardizer
+from cpmm_jax.errors import ConfigError
+from cpmm_jax.mixture.hierarchy import HierarchicalMFA
+from cpmm_jax.models.cpmm import CPMM
+from cpmm_jax.training.config import TrainConfig
+from cpmm_jax.training.loop import FitResult, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every setting of one fit.
+
+    Attributes:
+        num_classes: classes of the hierarchy, C; without labels every trajectory is one.
+        num_trajectories: trajectories of each class, S.
+        num_times: pseudotimes of each trajectory, T; the mixture has C S T components.
+        rank: factors of a component, R.
+        widths: hidden units of the field.
+        steps: training steps.
+        batch_size: examples in a step.
+        learning_rate: highest learning rate.
+        patience: reports without improvement before training stops.
+        seed: seed of everything random.
+    """
+
+    num_classes: int
+    num_trajectories: int
+    num_times: int
+    rank: int
+    widths: tuple[int, ...]
+    steps: int
+    batch_size: int
+    learning_rate: float
+    patience: int | None
+    seed: int
+
+    @property
+    def num_components(self) -> int:
+        """Components of the extracted mixture, C S T."""
+        return self.num_classes * self.num_trajectories * self.num_times
+
+
+def recommend(
+    num_examples: int,
+    dim: int,
+    num_classes: int = 1,
+    *,
+    labelled: bool = False,
+    components: int | None = None,
+    trajectories: int | None = None,
+    rank: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    seed: int = 0,
+) -> Recipe:
+    """Choose the settings that are not given from N, D and the number of classes.
+
+    Where rows are plentiful for the number of features, many short trajectories fit best; where
+    they are scarce, few long ones with more factors do, since the shared field keeps them from
+    overfitting.
+
+    Args:
+        num_examples: training rows, N.
+        dim: features, D.
+        num_classes: classes of the labels, C (used when `labelled`).
+        labelled: whether labels are trained on.
+        components: components of the extracted mixture in total.
+        trajectories: trajectories per class; without labels, in all.
+        rank: factors, R.
+        steps: training steps.
+        batch_size: examples in a step.
+        learning_rate: highest learning rate.
+        seed: seed of everything random.
+
+    Returns:
+        A complete `Recipe`.
+
+    Raises:
+        ConfigError: a setting out of range, or components that do not divide into trajectories.
+        DataError: fewer rows than components.
+
+    Example:
+        >>> recommend(1000, 2).num_components
+        64
+    """
+    for name, value, least in (
+        ("components", components, 1),
+        ("trajectories", trajectories, 1),
+        ("rank", rank, 0),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"`{name}` must be at least {least}; got {value}.")
+    if rank is not None and rank > dim:
+        raise ConfigError(
+            f"`rank` must be at most D = {dim}, the number of features; got {rank}. "
+            f"Ranks near {min(4, dim)} are a good start."
+        )
+    classes = num_classes if labelled else 1
+    rows = num_examples / classes  # of one class
+    if trajectories is None:
+        trajectories = _default_trajectories(rows, dim, components, classes)
+    if components is None:
+        times = _default_times(rows, dim, trajectories)
+    elif components % (classes * trajectories):
+        raise ConfigError(
+            f"`components` must be a multiple of classes x trajectories = {classes} x "
+            f"{trajectories}, for equally many in each; got {components}."
+        )
+    else:
+        times = components // (classes * trajectories)
+    check_enough_rows(num_examples, classes * trajectories * times)
+    return Recipe(
+        num_classes=classes if labelled else trajectories,
+        num_trajectories=trajectories if labelled else 1,
+        num_times=times,
+        rank=_default_rank(rows, dim) if rank is None else rank,
+        widths=(128, 128) if dim < 16 else (256, 256),
+        steps=3000 if steps is None else steps,
+        batch_size=256 if batch_size is None else batch_size,
+        learning_rate=3e-3 if learning_rate is None else learning_rate,
+        patience=None,
+        seed=seed,
+    )
+
+
+def _default_trajectories(rows: float, dim: int, components: int | None, classes: int) -> int:
+    wanted = 8 if rows > 60 * dim else 2 if rows > 20 * dim else 1
+    if dim > 3 and rows > 200 * dim:
+        wanted = 40
+    if components is None:
+        return max(1, min(wanted, int(rows) // 8))
+    if components % classes:
+        raise ConfigError(
+            f"`components` must be a multiple of the {classes} classes; got {components}."
+        )
+    per_class = components // classes
+    return max(s for s in range(1, wanted + 1) if per_class % s == 0)
+
+
+def _default_times(rows: float, dim: int, trajectories: int) -> int:
+    times = 2 if trajectories >= 40 else 8
+    return max(1, min(times, int(rows) // (2 * trajectories)))
+
+
+def _default_rank(rows: float, dim: int) -> int:
+    return max(0, min(dim - 1, 4 if rows > 100 * dim or dim <= 16 else 8))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedMixture:
+    """A mixture fitted to a table.
+
+    Attributes:
+        mixture: the extracted components, in the units of the data as given.
+        model: the trained model, in standardised units.
+        standardizer: from the units of the data to those of the model.
+        recipe: the settings used.
+        result: what `fit` returned.
+    """
+
+    mixture: HierarchicalMFA
+    model: CPMM
+    standardizer: Standardizer
+    recipe: Recipe
+    result: FitResult
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that the extracted mixture holds (the network is not among them)."""
+        return sum(int(leaf.size) for leaf in jax.tree.leaves(self.mixture))
+
+
+def fit_mixture(
+    x_train: np.ndarray,
+    y_train: np.ndarray | None,
+    x_valid: np.ndarray | None,
+    y_valid: np.ndarray | None,
+    recipe: Recipe,
+    *,
+    metrics_path: str | Path | None = None,
+    progress: bool | None = None,
+) -> FittedMixture:
+    """Standardise, fit a CPMM, extract its components, and return to the units of the data.
+
+    Args:
+        x_train: training examples, shape (N, D).
+        y_train: class codes, shape (N,), or None.
+        x_valid: validation examples; None to cut them from the training rows.
+        y_valid: their class codes.
+        recipe: see `recommend`.
+        metrics_path: as for `fit`.
+        progress: as for `fit`.
+
+    Returns:
+        A `FittedMixture`, whose log-densities include the Jacobian of the standardisation.
+    """
+    standardizer = Standardizer.fit(x_train)
+    z = standardizer.transform(x_train)
+    z_valid = None if x_valid is None else standardizer.transform(x_valid)
+    model = build_model(z, y_train, standardizer.noise_floor(), recipe)
+    config = TrainConfig(
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        num_times=recipe.num_times,
+        patience=recipe.patience,
+        seed=recipe.seed,
+    )
+    result = fit(
+        model,
+        z,
+        y_train,
+        config=config,
+        x_valid=z_valid,
+        y_valid=y_valid,
+        metrics_path=metrics_path,
+        progress=progress,
+    )
+    extracted: Any = result.model.extract(recipe.num_times)
+    return FittedMixture(
+        mixture=extracted.affine(standardizer.scale, standardizer.shift),
+        model=result.model,
+        standardizer=standardizer,
+        recipe=recipe,
+        result=result,
+    )
+
+
+def build_model(
+    z: np.ndarray, y: np.ndarray | None, noise_floor: np.ndarray, recipe: Recipe
+) -> CPMM:
+    """Build an untrained CPMM whose trajectories start at examples of their class.
+
+    Args:
+        z: standardised training examples, shape (N, D).
+        y: class codes, or None.
+        noise_floor: smallest noise variance of each feature, shape (D,).
+        recipe: sizes and seed.
+    """
+    rng = np.random.default_rng(recipe.seed)
+    starts = []
+    for c in range(recipe.num_classes):
+        rows = z if y is None else z[y == c]
+        starts.append(rows[rng.choice(len(rows), recipe.num_trajectories)])
+    return CPMM(
+        z.shape[1],
+        recipe.rank,
+        recipe.num_classes,
+        recipe.num_trajectories,
+        widths=recipe.widths,
+        initial_means=np.stack(starts),
+        noise_floor=noise_floor,
+        rngs=nnx.Rngs(recipe.seed),
+    )

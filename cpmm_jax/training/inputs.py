@@ -1,0 +1,137 @@
+"""What `fit` does with its arguments on the host, before anything is traced."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from flax import nnx
+
+from cpmm_jax.data.checks import check_enough_rows, check_examples, check_labels
+from cpmm_jax.data.dataset import Dataset, split
+from cpmm_jax.errors import ConfigError, DataError
+from cpmm_jax.training.config import TrainConfig
+from cpmm_jax.training.step import Examples
+
+
+class Parts(NamedTuple):
+    """A model taken apart: static structure, trained arrays, and arrays that are not trained."""
+
+    graphdef: Any
+    params: Any
+    fixed: Any
+
+
+def take_apart(model: Any) -> Parts:
+    """Split a model once, on the host; `nnx.merge(*parts)` puts it together again.
+
+    Raises:
+        ConfigError: not a `flax.nnx.Module` with `read(times)`, or nothing in it to train.
+    """
+    if not isinstance(model, nnx.Module) or not callable(getattr(model, "read", None)):
+        raise ConfigError(
+            "`model` must be a flax.nnx.Module with a method `read(times)`, such as CPMM; "
+            f"got {type(model).__name__}; build one first."
+        )
+    parts = Parts(*nnx.split(model, nnx.Param, ...))
+    if not jax.tree.leaves(parts.params):
+        raise ConfigError(
+            f"`model` must have an nnx.Param to train; got none in {type(model).__name__}; "
+            "hold what is to be learned in nnx.Param."
+        )
+    return parts
+
+
+def prepare(
+    model: Any,
+    params: Any,
+    x: npt.ArrayLike,
+    y: npt.ArrayLike | None,
+    x_valid: npt.ArrayLike | None,
+    y_valid: npt.ArrayLike | None,
+    config: TrainConfig,
+) -> tuple[Examples, Examples | None]:
+    """Check the data, set a validation part aside, and move both parts to the device.
+
+    Returns:
+        Training examples, and validation examples or None, in the dtype of the parameters.
+
+    Raises:
+        DataError: see `check_examples`, `check_labels`, `check_enough_rows`.
+        ConfigError: arguments that do not fit each other.
+    """
+    if (y_valid is not None) != (x_valid is not None and y is not None):
+        raise ConfigError(
+            "`y_valid` must be given exactly where `x_valid` and `y` are, since validation scores "
+            f"what is trained; got {_given(y=y, x_valid=x_valid, y_valid=y_valid)}; "
+            "add what is missing or leave the labels out."
+        )
+    dtype = jnp.result_type(*jax.tree.leaves(params))
+    data = Dataset("x", *_checked(model, dtype, x, y, "x", "y"))
+    if x_valid is not None:
+        part = _checked(model, dtype, x_valid, y_valid, "x_valid", "y_valid")
+        data = replace(data, x_valid=part[0], y_valid=part[1])
+    else:
+        cut = config.valid_fraction
+        data = split(data, seed=config.seed, valid_fraction=cut, test_fraction=0.0)
+    check_enough_rows(
+        len(data.x_train), model.num_classes * model.num_trajectories * config.num_times
+    )
+    train = _on_device(data.x_train, data.y_train)
+    if data.x_valid is not None:
+        return train, _on_device(data.x_valid, data.y_valid)
+    if config.patience is not None:
+        raise ConfigError(
+            f"`patience` must come with a validation part; got patience {config.patience} and "
+            "none; give `x_valid` or a `valid_fraction` above 0."
+        )
+    return train, None
+
+
+def _on_device(x: npt.NDArray[Any], y: npt.NDArray[np.int64] | None) -> Examples:
+    return Examples(jnp.asarray(x), None if y is None else jnp.asarray(y.astype(np.int32)))
+
+
+def _given(**arguments: Any) -> str:
+    words = {True: "missing", False: "given"}
+    return ", ".join(f"{name} {words[value is None]}" for name, value in arguments.items())
+
+
+def _checked(
+    model: Any,
+    dtype: Any,
+    x: npt.ArrayLike,
+    y: npt.ArrayLike | None,
+    x_name: str,
+    y_name: str,
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64] | None]:
+    examples = check_examples(x, name=x_name, dim=model.dim)
+    with np.errstate(over="ignore"):
+        cast = examples.astype(dtype)
+    if not np.isfinite(cast).all():
+        raise DataError(
+            f"`{x_name}` must fit {np.dtype(dtype).name}, the type of the model; got values up to "
+            f"{np.abs(examples).max():.3g}; standardise the data first."
+        )
+    if y is None:
+        return cast, None
+    # A model of one class is checked apart: "fewer classes" would be the wrong thing to say of `y`.
+    several = model.num_classes > 1
+    codes = check_labels(
+        y,
+        len(cast),
+        name=y_name,
+        num_classes=model.num_classes if several else None,
+        require_all=y_name == "y",
+    )
+    if not several and codes.max() > 0:
+        raise ConfigError(
+            f"`model` must have as many classes as `{y_name}`; got num_classes = 1 and labels "
+            f"0..{codes.max()}; build the model with num_classes={codes.max() + 1}, "
+            f"or leave `{y_name}` out."
+        )
+    return cast, codes

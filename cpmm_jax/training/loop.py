@@ -1,0 +1,299 @@
+"""`fit`: training from data to the best parameters by validation."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy.typing as npt
+import optax
+from flax import nnx
+
+from cpmm_jax.dynamics.solve import check_result
+from cpmm_jax.errors import SolverError, TrainingError
+from cpmm_jax.training.config import TrainConfig, default_optimizer, learning_rate_schedule
+from cpmm_jax.training.inputs import Parts, prepare, take_apart
+from cpmm_jax.training.progress import MetricsFile, ProgressBar, number
+from cpmm_jax.training.state import (
+    CAUSES,
+    FAILED_SOLVE,
+    BlockTotals,
+    TrainState,
+    initial_state,
+    snapshot,
+)
+from cpmm_jax.training.step import Examples, Plan, run_block, validation_score
+
+logger = logging.getLogger("cpmm_jax")
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class FitResult:
+    """What `fit` found.
+
+    Attributes:
+        model: the model with the best parameters by validation; without a validation part the last.
+        last_model: the model with the last parameters.
+        history: one report per `report_every` steps, as in `metrics.jsonl`.
+        best_step: steps done when `model` was reached (0: the start was never improved on).
+        best_score: its validation log-likelihood in nats per example; None without validation.
+        steps: steps done, refused ones included.
+        refused: steps refused.
+        seconds: wall time of the whole fit.
+        compile_seconds: the part of it before the first step, spent tracing and compiling.
+        stopped: why the training ended; "refused" only on `TrainingError.result`.
+    """
+
+    model: Any
+    last_model: Any
+    history: tuple[Report, ...]
+    best_step: int
+    best_score: float | None
+    steps: int
+    refused: int
+    seconds: float
+    compile_seconds: float
+    stopped: Literal["finished", "early stopping", "refused"]
+
+
+def fit(
+    model: Any,
+    x: npt.ArrayLike,
+    y: npt.ArrayLike | None = None,
+    *,
+    config: TrainConfig | None = None,
+    x_valid: npt.ArrayLike | None = None,
+    y_valid: npt.ArrayLike | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    metrics_path: str | Path | None = None,
+    progress: bool | None = None,
+    callback: Callable[[Report], None] | None = None,
+) -> FitResult:
+    """Fit a model by maximum likelihood: of p(x, y) with labels, of p(x) without.
+
+    The data are taken in the units given (standardise them first). `model` itself is not changed;
+    only its `nnx.Param` leaves are trained. The same seed on the same machine gives the same
+    result.
+
+    Each report holds `step`, `loss` (mean over the accepted steps since the last report),
+    `valid_log_likelihood` (nats per example, of what is trained on: log p(x, y) with labels, else
+    log p(x); uniform grid of `num_times` pseudotimes), `learning_rate` (None if unknown),
+    `grad_norm`, `ode_steps` (means too), `refused` (steps so far), `examples_per_second`,
+    `seconds` (since the start).
+
+    Args:
+        model: a `flax.nnx.Module` with `read(times)`, such as `CPMM`.
+        x: training examples, shape (N, D).
+        y: class codes 0..C-1, shape (N,); None to train without labels (clustering where C > 1).
+        config: settings; the defaults if None.
+        x_valid: validation examples; None to set `config.valid_fraction` of the rows aside.
+        y_valid: their labels, where `y` is given.
+        optimizer: any optax transformation; None for Adam as described by `config`.
+        metrics_path: a new file for the reports, one JSON object per line.
+        progress: True or False to show a progress bar or not; None to show it on a terminal.
+        callback: called with every report.
+
+    Returns:
+        A `FitResult`.
+
+    Raises:
+        ConfigError: a setting out of range, or arguments that do not fit each other.
+        DataError: bad examples or labels, or fewer rows than components.
+        RunError: `metrics_path` exists or cannot be written.
+        TrainingError: more than `config.max_refused` steps in a row were refused for a failed solve
+            or a number that is not finite; its `result` holds the best model so far.
+
+    Source: CPMM paper, Algorithm 1.
+    """
+    start = time.perf_counter()
+    config = TrainConfig() if config is None else config
+    config.check()
+    parts = take_apart(model)
+    train, valid = prepare(model, parts.params, x, y, x_valid, y_valid, config)
+    with MetricsFile(metrics_path) as metrics, ProgressBar(config.steps, shown=progress) as bar:
+        run = _Run(parts, train, valid, config, optimizer, start)
+        bar.restart()
+        while run.stopped is None:
+            report = run.advance()
+            metrics.write(report)
+            bar.update(report)
+            if callback is not None:
+                callback(report)
+    result = run.result()
+    if run.stopped == "refused":
+        raise TrainingError(run.failure(), result)
+    return result
+
+
+class _Run:
+    """One call of `fit` under way: the state on the device and the bookkeeping on the host."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        train: Examples,
+        valid: Examples | None,
+        config: TrainConfig,
+        optimizer: optax.GradientTransformation | None,
+        start: float,
+    ) -> None:
+        self.parts, self.train, self.valid, self.config = parts, train, valid, config
+        self.schedule = learning_rate_schedule(config) if optimizer is None else None
+        self.plan = Plan(
+            parts.graphdef,
+            default_optimizer(config) if optimizer is None else optimizer,
+            config.time_sampler,
+            config.num_times,
+            min(config.batch_size, len(train.x)),
+        )
+        self.start = start
+        self.key = jax.random.key(config.seed)
+        self.stopped: Literal["finished", "early stopping", "refused"] | None = None
+        self.history: list[Report] = []
+        self.state: TrainState = initial_state(self.plan.optimizer, parts.params)
+
+        compiling = time.perf_counter()
+        self._run_until(0)  # a block of no steps compiles the program of every later one
+        self.best_score = self._score()
+        self.compile_seconds = time.perf_counter() - compiling
+        self.best_step, self.stale = 0, 0
+        self.best_params = None if valid is None else snapshot(self.state.params)
+
+    def advance(self) -> Report:
+        """Train up to the next report; decide whether to stop, in `self.stopped`."""
+        config = self.config
+        done = int(self.state.step)
+        began = time.perf_counter()
+        totals = self._run_until(min(done + config.report_every, config.steps))
+        seconds = time.perf_counter() - began
+        step = int(self.state.step)
+        score = self._score()
+        self._keep_best(step, score)
+        if int(self.state.refused_in_a_row) > config.max_refused:
+            self.stopped = "refused"
+        elif step >= config.steps:
+            self.stopped = "finished"
+        elif config.patience is not None and self.stale >= config.patience:
+            self.stopped = "early stopping"
+        report = self._report(totals, score, (step - done) * self.plan.batch_size / seconds)
+        if report["refused"] and not (self.history and self.history[-1]["refused"]):
+            logger.warning(
+                "%d training step(s) refused by step %d (%s); parameters were left as they were",
+                report["refused"],
+                step,
+                self._causes(),
+            )
+        self.history.append(report)
+        return report
+
+    def result(self) -> FitResult:
+        """Put the models together."""
+        last = nnx.merge(self.parts.graphdef, self.state.params, self.parts.fixed)
+        best = last
+        if self.best_params is not None:
+            best = nnx.merge(self.parts.graphdef, self.best_params, self.parts.fixed)
+        step = int(self.state.step)
+        return FitResult(
+            model=best,
+            last_model=last,
+            history=tuple(self.history),
+            best_step=step if self.best_params is None else self.best_step,
+            best_score=self.best_score if self.best_score > -math.inf else None,
+            steps=step,
+            refused=int(self.state.refused.sum()),
+            seconds=time.perf_counter() - self.start,
+            compile_seconds=self.compile_seconds,
+            stopped=self.stopped or "finished",
+        )
+
+    def failure(self) -> str:
+        """Say why the training could not go on, and what to change."""
+        state = self.state
+        rate = self._learning_rate()
+        at = "" if rate is None else f" and learning rate {rate:.3g}"
+        remedies = (
+            "",
+            "standardise the data, raise the noise floor or lower the learning rate",
+            "lower the learning rate or clip the gradient",
+            "lower the learning rate",
+        )
+        cause = int(state.refused.argmax())
+        remedy = remedies[cause]
+        if CAUSES[cause] == FAILED_SOLVE:
+            try:
+                check_result(state.last_failure)
+            except SolverError as error:
+                remedy = str(error).removesuffix(".")
+        return (
+            f"training must have solves that succeed and finite losses and gradients; got "
+            f"{int(state.refused_in_a_row)} refused steps in a row at step {int(state.step)} of "
+            f"{self.config.steps}{at} ({self._causes()}, {int(state.refused.sum())} refused in "
+            f"all); {remedy}."
+        )
+
+    def _run_until(self, stop: int) -> BlockTotals:
+        self.state, totals = run_block(
+            self.plan,
+            self.state,
+            self.parts.fixed,
+            self.train,
+            self.key,
+            jnp.int32(stop),
+            jnp.int32(self.config.max_refused),
+        )
+        return jax.block_until_ready(totals)
+
+    def _score(self) -> float:
+        """Return the validation score; -inf where there is none or it is not finite."""
+        if self.valid is None:
+            return -math.inf
+        parts, times = self.parts, self.config.num_times
+        score = float(
+            validation_score(parts.graphdef, self.state.params, parts.fixed, self.valid, times)
+        )
+        return score if math.isfinite(score) else -math.inf
+
+    def _keep_best(self, step: int, score: float) -> None:
+        improved = score > self.best_score
+        self.stale = 0 if improved else self.stale + 1
+        # As long as no score was finite the latest parameters stand in for the best.
+        if self.valid is not None and (improved or self.best_score == -math.inf):
+            self.best_score, self.best_step = score, step
+            self.best_params = snapshot(self.state.params)
+
+    def _report(self, totals: BlockTotals, score: float, examples_per_second: float) -> Report:
+        accepted = int(totals.accepted) or math.nan
+        rate = self._learning_rate()
+        return {
+            "step": int(self.state.step),
+            "loss": number(totals.loss / accepted),
+            "valid_log_likelihood": number(score),
+            "learning_rate": None if rate is None else number(rate),
+            "grad_norm": number(totals.grad_norm / accepted),
+            "ode_steps": number(totals.ode_steps / accepted),
+            "refused": int(self.state.refused.sum()),
+            "examples_per_second": number(examples_per_second),
+            "seconds": number(time.perf_counter() - self.start),
+        }
+
+    def _learning_rate(self) -> float | None:
+        """Return the learning rate of the last update; None for an optimiser that hides it."""
+        if self.schedule is not None:
+            updates = int(self.state.step) - int(self.state.refused.sum())
+            return float(self.schedule(max(updates - 1, 0)))
+        # Where it was wrapped in `optax.inject_hyperparams`, once.
+        rates = optax.tree.get_all_with_path(self.state.opt_state, "learning_rate")
+        return float(rates[0][1]) if len(rates) == 1 else None
+
+    def _causes(self) -> str:
+        counts = zip(CAUSES, self.state.refused.tolist(), strict=True)
+        return ", ".join(f"{cause} {count}" for cause, count in counts if count)

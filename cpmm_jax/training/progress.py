@@ -1,0 +1,117 @@
+"""How training tells of itself: a bar on the terminal and a file of reports."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from cpmm_jax.errors import RunError
+
+
+class ProgressBar:
+    """A bar on stderr: loss, validation log-likelihood, ODE steps, examples/s, time left.
+
+    Args:
+        total: training steps.
+        shown: True or False to show it or not; None to show it where stderr is a terminal.
+    """
+
+    def __init__(self, total: int, *, shown: bool | None = None) -> None:
+        self._bar: Any = None
+        if shown or (shown is None and sys.stderr.isatty()):
+            from tqdm import tqdm  # only where it is seen
+
+            self._bar = tqdm(total=total, unit="step", file=sys.stderr, dynamic_ncols=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def restart(self) -> None:
+        """Start the clock anew, so that compiling does not count in the time left."""
+        if self._bar is not None:
+            self._bar.reset()
+
+    def update(self, report: Mapping[str, Any]) -> None:
+        """Move the bar to `report["step"]` and show the figures of the report."""
+        if self._bar is None:
+            return
+        figures = {
+            "loss": _short(report["loss"], ".3f"),
+            "valid": _short(report["valid_log_likelihood"], ".3f"),
+            "ode": _short(report["ode_steps"], ".0f"),
+            "ex/s": _short(report["examples_per_second"], ".3g"),
+        }
+        if report["refused"]:
+            figures["refused"] = str(report["refused"])
+        self._bar.set_postfix(figures, refresh=False)
+        self._bar.update(report["step"] - self._bar.n)
+
+
+def _short(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+class MetricsFile:
+    """A JSON-lines file of reports, written line by line so that a killed run leaves its curve.
+
+    Args:
+        path: a file that does not exist yet, or None for no file.
+
+    Raises:
+        RunError: the file exists or cannot be made.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        self._file: Any = None
+        if path is None:
+            return
+        try:
+            self._file = Path(path).open("x", encoding="utf-8")  # noqa: SIM115
+        except FileExistsError as error:
+            raise RunError(
+                f"`metrics_path` must name a new file; {str(path)!r} exists; "
+                "remove it or choose another name."
+            ) from error
+        except OSError as error:
+            raise RunError(
+                f"`metrics_path` must be writable; got {str(path)!r} ({error.strerror}); "
+                "make the folder first or choose another."
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, report: Mapping[str, Any]) -> None:
+        """Append one line and flush it."""
+        if self._file is not None:
+            self._file.write(json.dumps(report, allow_nan=False) + "\n")
+            self._file.flush()
+
+
+def number(value: Any) -> float | None:
+    """Return a float for a report, None where it is not finite (JSON knows no NaN)."""
+    value = float(value)
+    return value if math.isfinite(value) else None

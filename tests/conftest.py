@@ -1,0 +1,69 @@
+"""What every test runs under: the CPU, strict broadcasting, a fixed share of the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+# Before NumPy or JAX starts its threads: each test process keeps to its share of the cores. JAX's
+# pool stays at two threads or more, because on a single one a callback from compiled code to
+# Python can wait for itself.
+_WORKERS = max(1, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+_SHARE = max(1, (os.cpu_count() or 1) // _WORKERS)
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, str(_SHARE))
+os.environ.setdefault("PJRT_NPROC", str(max(2, _SHARE)))
+# The accelerator is used when asked for: JAX_PLATFORMS=cuda make test.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+# A plugin may have imported JAX before the variable was set.
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Generated examples are the same in every run, and compiling is no reason to call one too slow.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Programs compiled by an earlier run (or the other worker) are read back: the same machine
+    # code, sooner. The bound on the size also switches on the lock that keeps the workers from
+    # reading a half-written entry; it needs `filelock`, without which there is no cache. (Programs
+    # that call back into Python, such as a solve that raises, are compiled anew by jax 0.10.)
+    if find_spec("filelock") is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    folder = Path(config.rootpath) / ".pytest_cache" / "jax"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", 512 * 2**20)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Return NumPy's generator at seed 0."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Compute in float64 within the test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """Return the folder of real data sets, or skip."""
+    folder = os.environ.get("CPMM_DATA_DIR")
+    if not folder:
+        pytest.skip("CPMM_DATA_DIR is not set: real data sets are not here")
+    return Path(folder)
