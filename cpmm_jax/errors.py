@@ -1,4 +1,4 @@
-"""The exceptions and warnings of the package; each message names the thing, the rule, what was found and a remedy."""
+"""Exceptions and warnings; each message names the thing, the rule, what was found, a remedy."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""From a table to a fitted mixture in the units of the table: default settings, and the whole path.
+"""From a table to a fitted mixture in its units: default settings, and the whole path.
 
-Data are standardised, the model's size follows from the data where it is not given, the trajectories
-start at examples, and the fitted mixture is carried back to the units of the data.
+Data are standardised, the model's size follows from the data where it is not given, the
+trajectories start at examples, and the fitted mixture is carried back to the units of the data.
 """
 
 from __future__ import annotations

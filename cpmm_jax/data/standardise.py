@@ -45,9 +45,7 @@ class Standardizer:
 
         A column with fewer distinct values than half its rows is taken to be recorded on a grid;
         its resolution is the smallest gap between distinct values (gaps of the size of a rounding
-        error apart). A constant column gets its value as shift, scale 1, and the median resolution
-        of the columns that are on a grid, or 1 if there are none and its value is whole, so that
-        its noise is floored at a plausible size.
+        error apart). A constant column gets its value as shift, and scale and resolution 1.
 
         Args:
             x: training examples, (N, D).
@@ -70,7 +68,7 @@ class Standardizer:
             values = np.unique(column)
             constant[j] = len(values) == 1
             if constant[j]:
-                shift[j] = values[0]
+                shift[j], resolution[j] = values[0], 1.0
                 continue
             shift[j], scale[j] = _moments(column, label[j])
             if len(values) < len(column) / 2:
@@ -78,10 +76,6 @@ class Standardizer:
                 gaps = gaps[gaps > rounding * max(-values[0], values[-1])]
                 resolution[j] = gaps.min() if len(gaps) else 0.0
         if constant.any():
-            grids = resolution[resolution > 0]
-            whole = shift == np.floor(shift)
-            guess = np.where(whole, 1.0, 0.0) if not len(grids) else np.median(grids)
-            resolution = np.where(constant, guess, resolution)
             found = [label[j] for j in np.flatnonzero(constant)]
             warnings.warn(
                 f"{len(found)} of {dim} columns are constant ({listing(found)}); their noise is "
@@ -134,22 +128,24 @@ class Standardizer:
             out[start : start + rows] = block
         return out
 
-    def noise_floor(self, relative: float = 1e-4) -> _Vector:
+    def noise_floor(self, least: float = 1e-5, most: float = 1e-3) -> _Vector:
         """Return the smallest noise variance to allow per column, (D,), in standardised units.
 
         A value recorded with step d stands for the interval of width d about it, and a uniform
         error over that interval has variance d^2 / 12. A density with less noise than this reads
         the recording, not the thing recorded: its log-likelihood grows without bound as a component
-        collapses onto a value that repeats. Columns without a visible step get `relative`.
+        collapses onto a value that repeats. The bounds are parts of the column's variance: `least`
+        serves columns without a visible step, and `most` keeps a coarse step from hiding what
+        little a column tells.
 
         Args:
-            relative: floor for every column, as a part of the column's variance.
+            least: smallest floor of any column.
+            most: largest floor of any column.
 
         Returns:
-            max(relative, resolution^2 / (12 scale^2)), at most 1 (the column's own variance),
-            float64 (D,).
+            resolution^2 / (12 scale^2) within the bounds, float64 (D,); `most` for constant columns.
         """
-        return np.clip((self.resolution / self.scale) ** 2 / 12.0, relative, 1.0)
+        return np.clip((self.resolution / self.scale) ** 2 / 12.0, least, most)
 
 
 def _moments(column: _Vector, name: str) -> tuple[float, float]:

@@ -100,7 +100,7 @@ def integrate(
 
     def components_first(leaf: Array) -> Array:
         leaf = jnp.moveaxis(leaf, 0, 2)  # (T, C, S, ...) -> (C, S, T, ...)
-        return leaf.reshape(leaf.shape[0], -1, *leaf.shape[3:])
+        return jax.lax.collapse(leaf, 1, 3)
 
     return solution._replace(states=jax.tree.map(components_first, solution.states.component))
 
@@ -117,7 +117,7 @@ def _accumulate(t: Any, state: tuple[TrajectoryState, Array], args: _Integrand, 
     trajectories, _ = state
     component = trajectories.component
     shape = component.means.shape[:2]
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), component)
+    flat = jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 0, 2), component)
     log_weights = jnp.zeros(flat.means.shape[0], flat.means.dtype)
     if flat.logits is not None:
         log_weights = flat.logits
@@ -153,8 +153,9 @@ def integrate_density(
 
     As it stands the equation's extra state underflows: densities of tens of features are far below
     the smallest float. Since its right-hand side does not depend on p itself, every example can be
-    integrated relative to a reference of its own, p = exp(reference) q, dq/dt = exp(log w N - reference);
-    with the reference near the largest value along the trajectory q stays near one.
+    integrated relative to a reference of its own, p = exp(reference) q with
+    dq/dt = exp(log w N - reference); with the reference near the largest value along the
+    trajectory q stays near one.
 
     Args:
         field: as for `integrate`.

@@ -33,7 +33,7 @@ BLOCK_ELEMENTS = 2**23  # elements held at a time by default: 32 MiB in float32
 
 
 class Components(NamedTuple):
-    """K weighted components: log_weights (K,), means (K, D), loadings (K, D, R), log_noise (K, D)."""
+    """K components with normalised log-weights: (K,), (K, D), (K, D, R), (K, D)."""
 
     log_weights: Float[Array, " K"]
     means: Float[Array, "K D"]
@@ -169,7 +169,7 @@ def map_blocks(function: Callable[[Any], Any], rows: Any, size: int) -> Any:
         return jnp.pad(leaf, padding).reshape(count, size, *leaf.shape[1:])
 
     stacked = jax.lax.map(jax.checkpoint(function), jax.tree.map(blocks, rows))
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:total], stacked)
+    return jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 0, 2)[:total], stacked)
 
 
 def reduce_log_prob(
@@ -191,7 +191,8 @@ def reduce_log_prob(
     """
     dtype = jnp.result_type(jnp.float32, x.dtype, *(leaf.dtype for leaf in components))
     components = Components(*(leaf.astype(dtype) for leaf in components))
-    size = block_size(x.shape[0], *components.loadings.shape, chunk_size)
+    num_components, dim, rank = components.loadings.shape
+    size = block_size(x.shape[0], num_components, dim, rank, chunk_size)
     factors = jax.vmap(linalg.factorise)(components.loadings, components.log_noise)
     with jax.default_matmul_precision("float32"):
         return map_blocks(

@@ -59,7 +59,7 @@ class HierarchicalMFA:
     def flatten(self) -> MFA:
         """Return the same density as one `MFA` of C * K components, class by class."""
         _check_hierarchy(self)
-        flat: MFA = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self.components)
+        flat: MFA = jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 0, 2), self.components)
         log_weights = (
             jax.nn.log_softmax(self.class_logits)[:, None]
             + jax.nn.log_softmax(self.components.logits, axis=-1)

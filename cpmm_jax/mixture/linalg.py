@@ -14,6 +14,7 @@ Everything here is unbatched; callers lift it over components with `jax.vmap`.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -111,8 +112,8 @@ def factorise(loadings: Float[Array, "D R"], log_noise: Float[Array, " D"]) -> F
 
 @factorise.defjvp
 def _factorise_jvp(primals, tangents):  # type: ignore[no-untyped-def]
-    eps = float(jnp.finfo(primals[0].dtype).eps)
-    _, derivative = jax.jvp(lambda *args: _factorise(*args, 8 * eps), primals, tangents)
+    jitter = 8 * float(jnp.finfo(primals[0].dtype).eps)
+    _, derivative = jax.jvp(partial(_factorise, jitter=jitter), primals, tangents)
     return factorise(*primals), derivative
 
 

@@ -31,9 +31,10 @@ class MFA:
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> mix = MFA(jnp.zeros(2), jnp.array([[0.0], [3.0]]), jnp.zeros((2, 1, 0)), jnp.zeros((2, 1)))
-        >>> mix.log_prob(jnp.array([[0.0], [1.5]])).round(3).tolist()
-        [-1.6009999513626099, -2.0439999103546143]
+        >>> means = jnp.array([[0.0], [3.0]])
+        >>> mix = MFA(jnp.zeros(2), means, jnp.zeros((2, 1, 0)), jnp.zeros((2, 1)))
+        >>> mix.log_prob(jnp.array([[0.0], [1.5]])).tolist()
+        [-1.601, -2.044]
 
     Source: Ghahramani and Hinton, "The EM Algorithm for Mixtures of Factor Analyzers" (1996);
     CPMM paper, section 2.1.1.
