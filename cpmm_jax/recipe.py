@@ -6,7 +6,7 @@ trajectories start at examples, and the fitted mixture is carried back to the un
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.models.cpmm import CPMM
 from cpmm_jax.training.config import TrainConfig
 from cpmm_jax.training.loop import FitResult, fit
+
+REFIT_BELOW = 5000  # rows under which a validation part is too much to leave out of the fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class Recipe:
         batch_size: examples in a step.
         learning_rate: highest learning rate.
         patience: reports without improvement before training stops.
+        refit: whether to train anew on training and validation rows together, for as many steps as
+            the validation found best.
         seed: seed of everything random.
     """
 
@@ -49,6 +53,7 @@ class Recipe:
     batch_size: int
     learning_rate: float
     patience: int | None
+    refit: bool
     seed: int
 
     @property
@@ -136,7 +141,8 @@ def recommend(
         steps=3000 if steps is None else steps,
         batch_size=256 if batch_size is None else batch_size,
         learning_rate=3e-3 if learning_rate is None else learning_rate,
-        patience=None,
+        patience=10,
+        refit=num_examples < REFIT_BELOW,
         seed=seed,
     )
 
@@ -173,7 +179,7 @@ class FittedMixture:
         model: the trained model, in standardised units.
         standardizer: from the units of the data to those of the model.
         recipe: the settings used.
-        result: what `fit` returned.
+        result: what `fit` returned (before a refit: with the validation scores).
     """
 
     mixture: HierarchicalMFA
@@ -212,10 +218,6 @@ def fit_mixture(
     Returns:
         A `FittedMixture`, whose log-densities include the Jacobian of the standardisation.
     """
-    standardizer = Standardizer.fit(x_train)
-    z = standardizer.transform(x_train)
-    z_valid = None if x_valid is None else standardizer.transform(x_valid)
-    model = build_model(z, y_train, standardizer.noise_floor(), recipe)
     config = TrainConfig(
         steps=recipe.steps,
         batch_size=recipe.batch_size,
@@ -224,20 +226,31 @@ def fit_mixture(
         patience=recipe.patience,
         seed=recipe.seed,
     )
+    standardizer = Standardizer.fit(x_train)
+    floor = standardizer.noise_floor()
+    z, y = standardizer.transform(x_train), y_train
+    z_valid = None if x_valid is None else standardizer.transform(x_valid)
     result = fit(
-        model,
+        build_model(z, y, floor, recipe),
         z,
-        y_train,
+        y,
         config=config,
         x_valid=z_valid,
         y_valid=y_valid,
         metrics_path=metrics_path,
         progress=progress,
     )
-    extracted: Any = result.model.extract(recipe.num_times)
+    model = result.model
+    if recipe.refit and result.best_step > 0:
+        if z_valid is not None:
+            z = np.concatenate([z, z_valid])
+            y = None if y is None or y_valid is None else np.concatenate([y, y_valid])
+        final = replace(config, steps=result.best_step, valid_fraction=0.0, patience=None)
+        model = fit(build_model(z, y, floor, recipe), z, y, config=final, progress=progress).model
+    extracted: Any = model.extract(recipe.num_times)
     return FittedMixture(
         mixture=extracted.affine(standardizer.scale, standardizer.shift),
-        model=result.model,
+        model=model,
         standardizer=standardizer,
         recipe=recipe,
         result=result,

@@ -118,17 +118,13 @@ def solve(
         A `Solution`. A failed solve is no exception here, since this may run under `jit`: it is
         told in `result`, and the states are then not to be used.
     """
-    max_steps = config.max_steps
-    dt0 = None
-    if config.controller is not None:
-        controller = config.controller
-    elif config.num_steps is None:
+    controller, dt0, max_steps = config.controller, None, config.max_steps
+    if controller is None and config.num_steps is not None:
+        controller, dt0 = diffrax.ConstantStepSize(), 1.0 / config.num_steps
+        max_steps = config.num_steps + 1  # one more, should rounding leave a last tiny step
+    elif controller is None:
         controller = diffrax.PIDController(rtol=config.rtol, atol=config.atol)
-    else:
-        dtype = jnp.result_type(times)
-        controller = diffrax.StepTo(ts=jnp.linspace(0.0, 1.0, config.num_steps + 1, dtype=dtype))
-        max_steps = config.num_steps
-    if config.controller is not None and isinstance(controller, diffrax.ConstantStepSize):
+    elif isinstance(controller, diffrax.ConstantStepSize):
         dt0 = 1.0 / (config.num_steps or 16)
     adjoint = config.adjoint
     if adjoint is None:

@@ -56,7 +56,7 @@ def test_resolution_is_the_step_of_recorded_columns() -> None:
     np.testing.assert_allclose(s.resolution, [0.0, 1.0, 0.1, 1.0], rtol=1e-4)
     floor = s.noise_floor()
     np.testing.assert_allclose(
-        floor, [1e-5, 1e-3, 0.1**2 / 12 / x[:, 2].std() ** 2, 1e-3], rtol=1e-3
+        floor, [1e-5, 3e-3, 0.1**2 / 12 / x[:, 2].std() ** 2, 3e-3], rtol=1e-3
     )
     exact = s.noise_floor(most=np.inf)[1]
     np.testing.assert_allclose(exact, 1 / 12 / x[:, 1].astype(float).var(), rtol=1e-6)
@@ -79,7 +79,7 @@ def test_constant_columns_are_warned_of_and_floored(constant: float, others: np.
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
     assert caught[0].filename == __file__
     assert s.scale[-1] == 1.0
-    assert (s.transform(x)[:, -1] == 0).all() and s.noise_floor()[-1] == 1e-3
+    assert (s.transform(x)[:, -1] == 0).all() and s.noise_floor()[-1] == 3e-3
     np.testing.assert_array_equal(s.inverse(s.transform(x))[:, -1], x[:, -1])
 
 
