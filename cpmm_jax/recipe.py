@@ -6,6 +6,7 @@ trajectories start at examples, and the fitted mixture is carried back to the un
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,7 @@ def fit_mixture(
     y_valid: np.ndarray | None,
     recipe: Recipe,
     *,
+    feature_names: Sequence[str] | None = None,
     metrics_path: str | Path | None = None,
     progress: bool | None = None,
 ) -> FittedMixture:
@@ -212,6 +214,7 @@ def fit_mixture(
         x_valid: validation examples; None to cut them from the training rows.
         y_valid: their class codes.
         recipe: see `recommend`.
+        feature_names: D names, for the warnings.
         metrics_path: as for `fit`.
         progress: as for `fit`.
 
@@ -226,7 +229,7 @@ def fit_mixture(
         patience=recipe.patience,
         seed=recipe.seed,
     )
-    standardizer = Standardizer.fit(x_train)
+    standardizer = Standardizer.fit(x_train, names=feature_names)
     floor = standardizer.noise_floor()
     z, y = standardizer.transform(x_train), y_train
     z_valid = None if x_valid is None else standardizer.transform(x_valid)

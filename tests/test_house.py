@@ -27,6 +27,7 @@ ROOMS = [
     "evaluate",
     "plotting",
     "recipe",
+    "run",
     "estimators",
     "cli",
 ]

@@ -102,7 +102,7 @@ def recode_labels(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
         raise DataError(
             f"the labels of {show(dataset.name)} must be classes of the model "
             f"({listing([show(name) for name in names])}); got {listing(unknown)}; "
-            "drop those examples, or evaluate without labels."
+            "drop those examples, or the labels."
         )
     codes = np.array([names.index(name) for name in own], np.int64)
 

@@ -143,7 +143,8 @@ class Standardizer:
             most: largest floor of any column.
 
         Returns:
-            resolution^2 / (12 scale^2) within the bounds, float64 (D,); `most` for constant columns.
+            resolution^2 / (12 scale^2) within the bounds, float64 (D,); `most` where a column is
+            constant.
         """
         return np.clip((self.resolution / self.scale) ** 2 / 12.0, least, most)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,10 @@ def read_csv(path: Path, label_column: str | None = None) -> Table:
     what = show_path(path)
     with reading(path, "CSV file in UTF-8"), path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, strict=True)
-        filled = (row for row in reader if len(row) > 1 or (row and row[0].strip()))
+        filled = _filled(reader)
         first = next(filled, None)
         if first is None:
-            raise DataError(f"{what} must hold rows of numbers; got an empty file; give data.")
+            raise _empty(path)
         first = [cell.strip() for cell in first]
         width = len(first)
         by_index = int(label_column) if label_column and label_column.isdecimal() else None
@@ -123,6 +124,28 @@ def read_csv(path: Path, label_column: str | None = None) -> Table:
     )
     check_finite(table.x, name=path.name, row=table.line, column=lambda j: f"column {columns[j]}")
     return table
+
+
+def count_columns(path: Path) -> int:
+    """Return the number of cells on the first line of a CSV file.
+
+    Raises:
+        DataError: unreadable or empty.
+    """
+    with reading(path, "CSV file in UTF-8"), path.open(encoding="utf-8-sig", newline="") as stream:
+        first = next(_filled(csv.reader(stream, strict=True)), None)
+        if first is None:
+            raise _empty(path)
+        return len(first)
+
+
+def _filled(reader: Iterator[list[str]]) -> Iterator[list[str]]:
+    """Leave out blank lines."""
+    return (row for row in reader if len(row) > 1 or (row and row[0].strip()))
+
+
+def _empty(path: Path) -> DataError:
+    return DataError(f"{show_path(path)} must hold rows of numbers; got an empty file; give data.")
 
 
 def _not_a_number(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ class MLPField(nnx.Module):
                     param_dtype=param_dtype,
                     rngs=rngs,
                 )
-                for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True)
+                for fan_in, fan_out in pairwise(sizes)
             ]
         )
         self.times = nnx.List(

@@ -105,15 +105,27 @@ def integrate(
     return solution._replace(states=jax.tree.map(components_first, solution.states.component))
 
 
+class DensityIntegral(NamedTuple):
+    """Logs of two integrals over pseudotime along each trajectory.
+
+    Attributes:
+        log_joint: log of the integral of w(t) N(x; h(t)) dt, shape (N, C, S).
+        log_mass: log of the integral of w(t) dt, shape (C, S); 0 when the weights are constant.
+    """
+
+    log_joint: Float[Array, "N C S"]
+    log_mass: Float[Array, "C S"]
+
+
 class _Integrand(NamedTuple):
     field: Any
     x: Array  # (N, D)
-    reference: Array  # (N, C, S)
+    reference: DensityIntegral
     log_floor: Array  # (D,)
 
 
 def _accumulate(t: Any, state: tuple[TrajectoryState, Array], args: _Integrand, move: Any) -> Any:
-    """Right-hand side of Eq. 6: the trajectories, and w(t) N(x; h(t)) relative to a reference."""
+    """Right-hand side of Eq. 6: the trajectories, w(t) N(x; h(t)) and w(t), by the reference."""
     trajectories, _ = state
     component = trajectories.component
     shape = component.means.shape[:2]
@@ -127,8 +139,11 @@ def _accumulate(t: Any, state: tuple[TrajectoryState, Array], args: _Integrand, 
         args.x,
         Components(log_weights, flat.means, flat.loadings, noise),
     )
-    rate = jnp.exp(values.reshape(-1, *shape) - args.reference)
-    return move(t, trajectories, args.field), rate
+    rates = DensityIntegral(
+        jnp.exp(values.reshape(-1, *shape) - args.reference.log_joint),
+        jnp.exp(log_weights.reshape(shape) - args.reference.log_mass),
+    )
+    return move(t, trajectories, args.field), rates
 
 
 def _accumulate_shared(t: Any, state: Any, args: _Integrand) -> Any:
@@ -143,7 +158,7 @@ def integrate_density(
     field: Any,
     initial: TrajectoryState,
     x: Float[Array, "N D"],
-    reference: Float[Array, "N C S"],
+    reference: DensityIntegral,
     log_floor: Float[Array, " D"],
     config: SolverConfig,
     *,
@@ -155,24 +170,30 @@ def integrate_density(
     the smallest float. Since its right-hand side does not depend on p itself, every example can be
     integrated relative to a reference of its own, p = exp(reference) q with
     dq/dt = exp(log w N - reference); with the reference near the largest value along the
-    trajectory q stays near one.
+    trajectory q stays near one. The reference cancels, so it is a constant to derivatives. The
+    weights themselves are integrated along, for the normaliser of weights that evolve.
 
     Args:
         field: as for `integrate`.
         initial: as for `integrate`.
         x: examples, shape (N, D).
-        reference: log-densities near the largest along each trajectory, shape (N, C, S).
+        reference: values near the largest of log w(t) N(x; h(t)) and of log w(t) along each
+            trajectory.
         log_floor: log of the noise floor, shape (D,).
         config: how to solve; the examples share the steps with the trajectories.
         field_per_class: as for `integrate`.
 
     Returns:
-        A `Solution` whose states are log of the integral of w(t) N(x; h(t)) dt, shape (N, C, S).
+        A `Solution` whose states are a `DensityIntegral`.
     """
-    start = (initial, jnp.zeros_like(reference))
+    reference = jax.lax.stop_gradient(reference)
+    start = (initial, jax.tree.map(jnp.zeros_like, reference))
     right_hand_side = _accumulate_by_class if field_per_class else _accumulate_shared
-    args = _Integrand(field, x, jax.lax.stop_gradient(reference), log_floor)
+    args = _Integrand(field, x, reference, log_floor)
     solution = solve(right_hand_side, start, jnp.ones((1,), x.dtype), config, args=args)
-    ratio = solution.states[1][0]
-    tiny = jnp.finfo(ratio.dtype).tiny  # a solver that steps over a narrow peak may end at 0
-    return solution._replace(states=reference + jnp.log(jnp.maximum(ratio, tiny)))
+
+    def restore(log_scale: Array, ratio: Array) -> Array:
+        tiny = jnp.finfo(ratio.dtype).tiny  # a solver that steps over a narrow peak may end at 0
+        return log_scale + jnp.log(jnp.maximum(ratio[0], tiny))
+
+    return solution._replace(states=jax.tree.map(restore, reference, solution.states[1]))

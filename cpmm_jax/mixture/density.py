@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ from cpmm_jax.errors import ConfigError
 from cpmm_jax.mixture import linalg
 
 RELATIVE_ERROR = 5e-6  # of max(1, |log p|); what the matrix-product form must promise
-RELEVANCE = 20.0  # nats below the best component where a component no longer moves log p
+RELEVANCE = 20.0  # nats below the best component of a sum where one no longer moves the sum
 BLOCK_ELEMENTS = 2**23  # elements held at a time by default: 32 MiB in float32
 
 
@@ -80,23 +81,28 @@ def _matrix_product_form(
 
 def _residual_form(x: Float[Array, "N D"], components: Components) -> Float[Array, "N K"]:
     """Return log w_k + log N_k from residuals in float64, in the dtype of x."""
-    with jax.enable_x64(True):
-        log_weights, *parameters = (value.astype(jnp.float64) for value in components)
-        wide = x.astype(jnp.float64)
-        by_component = jax.lax.map(lambda p: linalg.log_prob(wide, *p), tuple(parameters))
-        return (by_component.T + log_weights[None, :]).astype(x.dtype)
+
+    def evaluate(x: Array, components: Components) -> Array:
+        log_weights, *parameters = components
+        by_component = jax.lax.map(lambda p: linalg.log_prob(x, *p), tuple(parameters))
+        return by_component.T + log_weights[None, :]
+
+    return linalg.in_float64(evaluate)(x, components)  # type: ignore[no-any-return]
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _refine(
     fast: Float[Array, "N K"],
     magnitude: Float[Array, "N K"],
     x: Float[Array, "N D"],
     components: Components,
+    num_sums: int,
 ) -> Float[Array, "N K"]:
     """Replace the block by its residual form where rounding may have spoiled it."""
-    best = jnp.max(fast, axis=-1, keepdims=True)
-    relevant = ~(fast < best - RELEVANCE)  # also where an overflow made both infinite or NaN
-    error = float(jnp.finfo(fast.dtype).eps) * magnitude
+    grouped = fast.reshape(fast.shape[0], num_sums, fast.shape[1] // num_sums)
+    best = jnp.max(grouped, axis=-1, keepdims=True)
+    relevant = ~(grouped < best - RELEVANCE)  # also where an overflow made both infinite or NaN
+    error = float(jnp.finfo(fast.dtype).eps) * magnitude.reshape(grouped.shape)
     excessive = ~(error <= RELATIVE_ERROR * jnp.maximum(1.0, jnp.abs(best)))
     return jax.lax.cond(
         jnp.any(relevant & excessive),
@@ -108,17 +114,16 @@ def _refine(
     )
 
 
-@jax.custom_jvp
+@_refine.defjvp
+def _refine_jvp(num_sums, primals, tangents):  # type: ignore[no-untyped-def]
+    return _refine(*primals, num_sums), tangents[0]
+
+
 def _block_log_prob(
-    x: Float[Array, "N D"], components: Components, factors: linalg.Factors
+    x: Float[Array, "N D"], components: Components, factors: linalg.Factors, num_sums: int
 ) -> Float[Array, "N K"]:
-    return _refine(*_matrix_product_form(x, components, factors), x, components)
-
-
-@_block_log_prob.defjvp
-def _block_log_prob_jvp(primals, tangents):  # type: ignore[no-untyped-def]
-    fast, derivative, magnitude = jax.jvp(_matrix_product_form, primals, tangents, has_aux=True)
-    return _refine(fast, magnitude, *primals[:2]), derivative
+    fast, magnitude = _matrix_product_form(x, components, factors)
+    return _refine(fast, jax.lax.stop_gradient(magnitude), x, components, num_sums)
 
 
 def block_size(
@@ -177,6 +182,7 @@ def reduce_log_prob(
     x: Float[Array, "N D"],
     components: Components,
     chunk_size: int | None = None,
+    num_sums: int = 1,
 ) -> Any:
     """Apply `reduce` to log w_k + log N(x_n; component k), block by block.
 
@@ -185,6 +191,8 @@ def reduce_log_prob(
         x: examples, shape (N, D).
         components: K weighted components.
         chunk_size: examples evaluated at a time; None for a size that fits the memory.
+        num_sums: how many sums over equally many consecutive components are wanted, each of them
+            accurate: 1 for the density, C for those of the classes, K for every component's own.
 
     Returns:
         What `reduce` returns, with leading axis N.
@@ -196,5 +204,7 @@ def reduce_log_prob(
     factors = jax.vmap(linalg.factorise)(components.loadings, components.log_noise)
     with jax.default_matmul_precision("float32"):
         return map_blocks(
-            lambda block: reduce(_block_log_prob(block, components, factors)), x.astype(dtype), size
+            lambda block: reduce(_block_log_prob(block, components, factors, num_sums)),
+            x.astype(dtype),
+            size,
         )

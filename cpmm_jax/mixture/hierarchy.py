@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from cpmm_jax.errors import ConfigError
 from cpmm_jax.mixture.density import reduce_log_prob
-from cpmm_jax.mixture.mfa import MFA, check_features, weighted_components
+from cpmm_jax.mixture.mfa import MFA, check_features, log_softmax, weighted_components
 
 
 @flax.struct.dataclass
@@ -60,11 +60,8 @@ class HierarchicalMFA:
         """Return the same density as one `MFA` of C * K components, class by class."""
         _check_hierarchy(self)
         flat: MFA = jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 0, 2), self.components)
-        log_weights = (
-            jax.nn.log_softmax(self.class_logits)[:, None]
-            + jax.nn.log_softmax(self.components.logits, axis=-1)
-        ).reshape(-1)
-        return flat.replace(logits=log_weights)  # type: ignore[attr-defined, no-any-return]
+        log_weights = log_softmax(self.class_logits)[:, None] + log_softmax(self.components.logits)
+        return flat.replace(logits=log_weights.reshape(-1))  # type: ignore[attr-defined, no-any-return]
 
     def class_mixture(self, index: int) -> MFA:
         """Return p(x | class `index`) as an `MFA` of K components."""
@@ -108,10 +105,11 @@ class HierarchicalMFA:
 @partial(jax.jit, static_argnums=(2, 3))
 def _class_log_prob(flat: MFA, x: Array, num_classes: int, chunk_size: int | None) -> Array:
     def by_class(values: Array) -> Array:
-        return jax.nn.logsumexp(values.reshape(values.shape[0], num_classes, -1), axis=-1)
+        shape = values.shape[0], num_classes, values.shape[1] // num_classes
+        return jax.nn.logsumexp(values.reshape(shape), axis=-1)
 
     rows = x.reshape(-1, x.shape[-1])
-    out = reduce_log_prob(by_class, rows, weighted_components(flat), chunk_size)
+    out = reduce_log_prob(by_class, rows, weighted_components(flat), chunk_size, num_classes)
     return out.reshape(*x.shape[:-1], num_classes)
 
 

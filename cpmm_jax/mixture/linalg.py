@@ -14,8 +14,9 @@ Everything here is unbatched; callers lift it over components with `jax.vmap`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,33 @@ class Factors(NamedTuple):
     precision: Float[Array, " D"]
     projection: Float[Array, "R D"]
     log_det: Float[Array, ""]
+
+
+def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run `function` in float64, whatever the dtype of its arguments; results in theirs.
+
+    Batching is kept inside: the rules of `jax.vmap` for several operations truncate float64 when
+    they run outside the context (jax 0.10), as they do when a jitted caller is batched. Not
+    differentiable in reverse: the caller gives the derivative.
+
+    Args:
+        function: takes and returns pytrees of floating-point arrays.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def call(*args: Any) -> Any:
+        dtype = jnp.result_type(*jax.tree.leaves(args))
+        with jax.enable_x64(True):
+            wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), args)
+            return jax.tree.map(lambda leaf: leaf.astype(dtype), function(*wide))
+
+    @call.def_vmap
+    def batch(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[Any, Any]:
+        in_axes = tuple(jax.tree.map(lambda batched: 0 if batched else None, in_batched))
+        out = in_float64(jax.vmap(function, in_axes, axis_size=axis_size))(*args)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call  # type: ignore[no-any-return]
 
 
 def cholesky_and_inverse(
@@ -62,7 +90,7 @@ def cholesky_and_inverse(
         return (tableau - below[:, None] * pivot_row[None, :]).at[j].set(pivot_row)
 
     tableau = jnp.concatenate([matrix, jnp.eye(rank, dtype=matrix.dtype)], axis=1)
-    tableau = jax.lax.fori_loop(0, rank, eliminate, tableau, unroll=min(rank, 8))
+    tableau = jax.lax.fori_loop(0, rank, eliminate, tableau, unroll=rank <= 4)
     return jnp.triu(tableau[:, :rank]).T, tableau[:, rank:]
 
 
@@ -76,6 +104,7 @@ def capacitance(
     return matrix + size * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
 
 
+@jax.default_matmul_precision("float32")
 def _factorise(
     loadings: Float[Array, "D R"], log_noise: Float[Array, " D"], jitter: float = 0.0
 ) -> Factors:
@@ -104,10 +133,7 @@ def factorise(loadings: Float[Array, "D R"], log_noise: Float[Array, " D"]) -> F
     Returns:
         `Factors` in the dtype of `loadings`.
     """
-    dtype = loadings.dtype
-    with jax.enable_x64(True):
-        exact = _factorise(loadings.astype(jnp.float64), log_noise.astype(jnp.float64))
-        return Factors(*(value.astype(dtype) for value in exact))
+    return in_float64(_factorise)(loadings, log_noise)  # type: ignore[no-any-return]
 
 
 @factorise.defjvp
@@ -144,29 +170,52 @@ def log_prob(
     return -0.5 * (quadratic + factors.log_det + x.shape[-1] * LOG_TWO_PI)
 
 
-class FactorPosterior(NamedTuple):
-    """N(mean, scale scale^T), the posterior of the factors z given x."""
+@jax.default_matmul_precision("float32")
+def _condition(
+    values: Float[Array, " M"],
+    mean: Float[Array, " M"],
+    loadings: Float[Array, "M R"],
+    log_noise: Float[Array, " M"],
+    other_loadings: Float[Array, "E R"],
+    jitter: float = 0.0,
+) -> tuple[Float[Array, " E"], Float[Array, "E R"]]:
+    if loadings.shape[-1] == 0:
+        return jnp.zeros(other_loadings.shape[:1], other_loadings.dtype), other_loadings
+    _, inverse = cholesky_and_inverse(capacitance(loadings, log_noise, jitter))
+    projected = loadings.T @ ((values - mean) * jnp.exp(-log_noise))
+    narrowed = other_loadings @ inverse.T
+    return narrowed @ (inverse @ projected), narrowed
 
-    mean: Float[Array, " R"]
-    scale: Float[Array, "R R"]
 
+@jax.custom_jvp
+def condition(
+    values: Float[Array, " M"],
+    mean: Float[Array, " M"],
+    loadings: Float[Array, "M R"],
+    log_noise: Float[Array, " M"],
+    other_loadings: Float[Array, "E R"],
+) -> tuple[Float[Array, " E"], Float[Array, "E R"]]:
+    """Condition one component on M of its features.
 
-def factor_posterior(
-    residual: Float[Array, " D"], loadings: Float[Array, "D R"], log_noise: Float[Array, " D"]
-) -> FactorPosterior:
-    """Compute the posterior of the factors, z | x ~ N(M^-1 L^T psi^-1 (x - mean), M^-1).
+    The factors have the posterior z | values ~ N(M^-1 L^T psi^-1 (values - mean), M^-1), with the
+    square root G^-T of M^-1 = G^-T G^-1. Values in float64 and derivatives as in `factorise`.
 
     Args:
-        residual: x - mean, shape (D,).
-        loadings: shape (D, R).
-        log_noise: shape (D,).
+        values: the observed features, shape (M,).
+        mean: their mean, shape (M,).
+        loadings: their loadings, shape (M, R).
+        log_noise: log of their noise variances, shape (M,).
+        other_loadings: loadings of the E features that are not observed, shape (E, R).
 
     Returns:
-        The posterior mean (R,) and a square root (R, R) of its covariance M^-1 = G^-T G^-1.
+        By how much the mean of the others moves, shape (E,), and their new loadings, (E, R).
     """
-    rank = loadings.shape[-1]
-    if rank == 0:
-        return FactorPosterior(jnp.zeros((0,), loadings.dtype), jnp.zeros((0, 0), loadings.dtype))
-    _, inverse = cholesky_and_inverse(capacitance(loadings, log_noise))
-    projected = loadings.T @ (residual * jnp.exp(-log_noise))
-    return FactorPosterior(inverse.T @ (inverse @ projected), inverse.T)
+    evaluate = in_float64(_condition)
+    return evaluate(values, mean, loadings, log_noise, other_loadings)  # type: ignore[no-any-return]
+
+
+@condition.defjvp
+def _condition_jvp(primals, tangents):  # type: ignore[no-untyped-def]
+    jitter = 8 * float(jnp.finfo(primals[2].dtype).eps)
+    _, derivative = jax.jvp(partial(_condition, jitter=jitter), primals, tangents)
+    return condition(*primals), derivative

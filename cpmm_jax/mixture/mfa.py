@@ -142,21 +142,23 @@ class MFA:
                 f"`values` must have one entry per index, shape {seen.shape}; got {values.shape}."
             )
         observed = self.marginal(seen)
-        posterior = jax.vmap(linalg.factor_posterior)(
-            values[None, :] - observed.means, observed.loadings, observed.log_noise
-        )
         loadings = self.loadings[:, rest]
+        moved, narrowed = jax.vmap(linalg.condition, (None, 0, 0, 0, 0))(
+            values, observed.means, observed.loadings, observed.log_noise, loadings
+        )
         return MFA(
             logits=observed.component_log_prob(values),
-            means=self.means[:, rest] + jnp.einsum("kdr,kr->kd", loadings, posterior.mean),
-            loadings=loadings @ posterior.scale,
+            means=self.means[:, rest] + moved,
+            loadings=narrowed,
             log_noise=self.log_noise[:, rest],
         )
 
+    @jax.default_matmul_precision("float32")
     def mean(self) -> Float[Array, " D"]:
         """Return the mean of the whole mixture, shape (D,)."""
         return jax.nn.softmax(self.logits) @ self.means
 
+    @jax.default_matmul_precision("float32")
     def covariance(self) -> Float[Array, "D D"]:
         """Return the covariance of the whole mixture, shape (D, D) (formed: O(D^2) memory)."""
         weights = jax.nn.softmax(self.logits)
@@ -174,9 +176,18 @@ class MFA:
         Args:
             scale: non-zero factors, shape (D,).
             shift: shape (D,).
+
+        Raises:
+            ConfigError: `scale` or `shift` has another shape.
         """
         dtype = self.means.dtype
         scale, shift = jnp.asarray(scale, dtype), jnp.asarray(shift, dtype)
+        for name, value in (("scale", scale), ("shift", shift)):
+            if value.shape != (self.dim,):
+                raise ConfigError(
+                    f"`{name}` must have shape (D,) with D = {self.dim}, as the mixture; "
+                    f"got {value.shape}."
+                )
         return self.replace(  # type: ignore[attr-defined, no-any-return]
             means=self.means * _align(scale, self.means) + _align(shift, self.means),
             loadings=self.loadings * _align(scale[:, None], self.loadings),
@@ -189,10 +200,16 @@ def _align(value: Array, other: Array) -> Array:
     return value.reshape((1,) * (other.ndim - value.ndim) + value.shape)
 
 
+def log_softmax(logits: Float[Array, "... K"]) -> Float[Array, "... K"]:
+    """Normalise log-weights, at least in float32."""
+    return jax.nn.log_softmax(logits.astype(jnp.result_type(jnp.float32, logits.dtype)), axis=-1)
+
+
 def weighted_components(mixture: MFA) -> Components:
     """Return the components of a mixture with normalised log-weights."""
-    log_weights = jax.nn.log_softmax(mixture.logits)
-    return Components(log_weights, mixture.means, mixture.loadings, mixture.log_noise)
+    return Components(
+        log_softmax(mixture.logits), mixture.means, mixture.loadings, mixture.log_noise
+    )
 
 
 @partial(jax.jit, static_argnums=2)
@@ -206,11 +223,14 @@ def _log_prob(mixture: MFA, x: Array, chunk_size: int | None) -> Array:
 @partial(jax.jit, static_argnums=2)
 def _component_log_prob(mixture: MFA, x: Array, chunk_size: int | None) -> Array:
     rows = x.reshape(-1, x.shape[-1])
-    out = reduce_log_prob(lambda values: values, rows, weighted_components(mixture), chunk_size)
-    return out.reshape(*x.shape[:-1], mixture.num_components)
+    every = mixture.num_components
+    components = weighted_components(mixture)
+    out = reduce_log_prob(lambda values: values, rows, components, chunk_size, every)
+    return out.reshape(*x.shape[:-1], every)
 
 
 @partial(jax.jit, static_argnums=2)
+@jax.default_matmul_precision("float32")
 def _sample(mixture: MFA, key: Array, n: int) -> Array:
     which_key, factor_key, noise_key = jax.random.split(key, 3)
     dtype = mixture.means.dtype

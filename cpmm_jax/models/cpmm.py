@@ -15,7 +15,13 @@ from jaxtyping import Array, Float
 
 from cpmm_jax.dynamics.fields import MLPField
 from cpmm_jax.dynamics.solve import Solution, SolverConfig, check_result
-from cpmm_jax.dynamics.trajectory import GridTimes, TrajectoryState, integrate, integrate_density
+from cpmm_jax.dynamics.trajectory import (
+    DensityIntegral,
+    GridTimes,
+    TrajectoryState,
+    integrate,
+    integrate_density,
+)
 from cpmm_jax.errors import ConfigError
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.mfa import MFA, check_features
@@ -217,18 +223,22 @@ class CPMM(nnx.Module):
         Raises:
             SolverError: the ODE could not be solved (only outside `jit`; inside, NaN).
         """
-        times = GridTimes()(None, reference_times)
-        coarse = self.read(times).mixture
-        x = check_features(x, coarse.flatten())
-        shape = (x.shape[0], self.num_classes, self.num_trajectories)
+        coarse = self.read(GridTimes()(None, reference_times)).mixture
         flat = coarse.flatten()
+        x = check_features(x, flat)
+        lead = (self.num_classes, self.num_trajectories)
+        trajectory_logits = self.trajectory_logits[...]
         uniform = flat.replace(logits=jnp.zeros_like(flat.logits))  # type: ignore[attr-defined]
-        sampled = uniform.component_log_prob(x) + math.log(flat.num_components)
+        log_density = uniform.component_log_prob(x) + math.log(flat.num_components)
+        log_density = log_density.reshape(-1, *lead, reference_times)
+        log_weights = coarse.components.logits.reshape(*lead, -1) - trajectory_logits[..., None]
         solution = integrate_density(
             self.field,
             self.initial_state(),
             x,
-            jnp.max(sampled.reshape(*shape, reference_times), axis=-1),
+            DensityIntegral(
+                jnp.max(log_density + log_weights[None], axis=-1), jnp.max(log_weights, axis=-1)
+            ),
             self.log_floor[...],
             self.solver,
             field_per_class=self.field_per_class,
@@ -236,8 +246,10 @@ class CPMM(nnx.Module):
         if not isinstance(solution.result, jax.core.Tracer):
             check_result(solution.result)
         class_weights = jax.nn.log_softmax(self.class_logits[...])[None, :, None]
-        weights = jax.nn.log_softmax(self.trajectory_logits[...], axis=-1)[None]
-        log_prob = jax.nn.logsumexp(class_weights + weights + solution.states, axis=(1, 2))
+        log_joint, log_mass = solution.states
+        total = jax.nn.logsumexp(trajectory_logits + log_mass, axis=-1, keepdims=True)
+        weights = (trajectory_logits - total)[None]
+        log_prob = jax.nn.logsumexp(class_weights + weights + log_joint, axis=(1, 2))
         return jnp.where(solution.ok, log_prob, jnp.nan)
 
 

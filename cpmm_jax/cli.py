@@ -1,0 +1,292 @@
+"""The command `cpmm`: parse, build, call.
+
+Exit codes: 0 all went well; 1 data, settings or files break a rule, said in one line (`--debug`
+shows where); 2 the command line itself is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from cpmm_jax import __version__
+from cpmm_jax.data.builtin import BUILTIN_NAMES
+from cpmm_jax.data.checks import show_path
+from cpmm_jax.data.readers import FILE_KINDS
+from cpmm_jax.errors import CpmmError, DataWarning, RunError
+from cpmm_jax.evaluate import evaluate
+from cpmm_jax.run import Run, Source, fit_run, open_run, read_examples
+
+_DATA_HELP = f"a built-in name ({', '.join(BUILTIN_NAMES)}) or the path of an {FILE_KINDS}"
+_OUT_KINDS = (".csv", ".npz")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}; got {text!r}")
+        return value
+
+    return whole
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number > 0; got {text!r}")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = _Parser(
+        prog="cpmm",
+        description="Fit, score, sample and plot continuously parameterized mixture models.",
+        epilog="Start with: cpmm fit digits --labels --out runs/digits",
+    )
+    parser.add_argument("--version", action="version", version=f"cpmm_jax {__version__}")
+    common = _Parser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show where an error was raised")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
+        sub = commands.add_parser(name, help=text, description=text, parents=[common])
+        sub.set_defaults(run=run)
+        return sub
+
+    fit = command("fit", _fit, "Fit a mixture to data and leave a run folder.")
+    fit.add_argument("data", metavar="DATA", help=_DATA_HELP)
+    fit.add_argument("--out", metavar="RUN", required=True, help="the run folder to make")
+    fit.add_argument("--labels", action="store_true", help="train on the labels of DATA")
+    fit.add_argument(
+        "--label", metavar="COLUMN", help="train on this column of a .csv (header or index)"
+    )
+    whole = {
+        "components": (1, "TOTAL", "components of the extracted mixture in total"),
+        "trajectories": (1, "S", "trajectories of each class; without labels, in all"),
+        "rank": (0, "R", "factors of each component"),
+        "steps": (1, "N", "training steps"),
+        "batch-size": (1, "N", "examples in a step"),
+    }
+    for name, (least, metavar, text) in whole.items():
+        fit.add_argument(
+            f"--{name}", type=_at_least(least), metavar=metavar, help=f"{text}; default: from DATA"
+        )
+    fit.add_argument("--learning-rate", type=_rate, metavar="RATE", help="highest learning rate")
+    fit.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="default: 0")
+    fit.add_argument("--overwrite", action="store_true", help="replace a run that exists")
+    fit.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    score = command("evaluate", _evaluate, "Score a run on the test part of data, else on all.")
+    predict = command("predict", _predict, "Write classes (or clusters), probabilities and log p.")
+    sample = command("sample", _sample, "Draw examples from the mixture of a run.")
+    plot = command("plot", _plot, "Draw the figures of a run into RUN/figures.")
+    export = command("export", _export, "Write the mixture file, which NumPy alone reads.")
+    for sub in (score, predict, sample, plot, export):
+        sub.add_argument("folder", metavar="RUN", help="the folder of a finished run")
+    for sub in (score, predict):
+        sub.add_argument("data", metavar="DATA", help=_DATA_HELP)
+        sub.add_argument("--label", metavar="COLUMN", help="column of labels of a .csv")
+    for sub in (predict, sample):
+        sub.add_argument("--out", metavar="FILE", required=True, help="the .csv or .npz to write")
+    sample.add_argument("-n", type=_at_least(1), default=1000, metavar="N", help="default: 1000")
+    sample.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="default: 0")
+    export.add_argument("out", metavar="FILE", help="the .npz to write")
+    for sub in (predict, sample, export):
+        sub.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    arguments = build_parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DataWarning)
+        warnings.showwarning = _show_warning
+        try:
+            arguments.run(arguments)
+        except KeyboardInterrupt:
+            print("cpmm: interrupted; nothing was left behind", file=sys.stderr)
+            return 1
+        except BrokenPipeError:  # `cpmm evaluate ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except (CpmmError, MemoryError) as error:
+            if arguments.debug:
+                raise
+            reason = str(error) or "out of memory; use fewer components or a smaller batch"
+            print(f"cpmm {arguments.command}: error: {reason}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
+    print(f"cpmm: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _table(values: dict[str, Any]) -> str:
+    """Return one line for each value, names and numbers aligned."""
+    width = max(map(len, values))
+    lines = []
+    for name, value in values.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        lines.append(f"{name.replace('_', ' '):<{width}}  {shown}")
+    return "\n".join(lines)
+
+
+def _fit(arguments: argparse.Namespace) -> None:
+    labels = arguments.labels or arguments.label is not None
+    metrics = fit_run(
+        Source(arguments.data, labels, arguments.label, arguments.seed),
+        arguments.out,
+        overwrite=arguments.overwrite,
+        progress=False if arguments.quiet else None,
+        components=arguments.components,
+        trajectories=arguments.trajectories,
+        rank=arguments.rank,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+    )
+    print(_table(metrics))
+    print(f"\nThe run is in {arguments.out}. Next: cpmm plot {arguments.out}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    run = open_run(arguments.folder)
+    examples = read_examples(run, arguments.data, arguments.label)
+    scores = evaluate(run.mixture, examples.x, examples.y, supervised=run.supervised)
+    print(_table({"rows": f"{len(examples.x)} ({examples.part})", **scores}))
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    run = open_run(arguments.folder)
+    examples = read_examples(run, arguments.data, arguments.label)
+    joint = run.mixture.class_log_prob(examples.x)
+    log_prob = np.logaddexp.reduce(joint, axis=1)
+    names = run.mixture.class_names or tuple(str(c) for c in range(joint.shape[1]))
+    columns = {
+        "prediction": np.array(names)[joint.argmax(axis=1)],
+        "log_prob": log_prob,
+        **{f"p({name})": p for name, p in zip(names, np.exp(joint.T - log_prob), strict=True)},
+    }
+    _write_columns(arguments.out, columns, overwrite=arguments.overwrite)
+    print(f"{len(log_prob)} predictions ({examples.part}) are in {arguments.out}.")
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    mixture = open_run(arguments.folder).mixture
+    x = mixture.sample(np.random.default_rng(arguments.seed), arguments.n)
+    names = mixture.feature_names or tuple(f"x{j}" for j in range(mixture.dim))
+    columns = dict(zip(names, x.T, strict=True)) if _is_csv(arguments.out) else {"x": x}
+    _write_columns(arguments.out, columns, overwrite=arguments.overwrite)
+    print(f"{arguments.n} samples are in {arguments.out}.")
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    from cpmm_jax.plotting import plot_run
+
+    run = open_run(arguments.folder)
+    for path in plot_run(run.mixture, run.history(), run.path / "figures", _data_of(run)):
+        print(path)
+
+
+def _data_of(run: Run) -> npt.NDArray[Any] | None:
+    """Return the rows that a figure shows beside the mixture; None where they are gone."""
+    try:
+        return read_examples(run, run.source.data).x
+    except CpmmError as error:
+        print(f"cpmm: warning: figures are without data: {error}", file=sys.stderr)
+        return None
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    run: Run = open_run(arguments.folder)
+    if Path(arguments.out).suffix != ".npz":
+        raise RunError(f"FILE must end in .npz; got {show_path(arguments.out)}; rename it.")
+    source = run.path / "mixture.npz"
+    _write_file(arguments.out, lambda part: shutil.copyfile(source, part), arguments.overwrite)
+    print(f"The mixture is in {arguments.out}. Read it with cpmm_jax.artifact.load: NumPy alone.")
+
+
+def _is_csv(out: str) -> bool:
+    suffix = Path(out).suffix.lower()
+    if suffix not in _OUT_KINDS:
+        raise RunError(
+            f"--out must name a file ending in {' or '.join(_OUT_KINDS)}; got {show_path(out)}; "
+            "rename it."
+        )
+    return suffix == ".csv"
+
+
+def _write_columns(out: str, columns: dict[str, npt.NDArray[Any]], *, overwrite: bool) -> None:
+    """Write named arrays as an .npz, or as the columns of a .csv."""
+    if not _is_csv(out):
+        _write_file(out, lambda part: _save_npz(part, columns), overwrite)
+        return
+
+    def save_csv(part: Path) -> None:
+        import csv
+
+        with part.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(columns)
+            writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+
+    _write_file(out, save_csv, overwrite)
+
+
+def _save_npz(part: Path, columns: dict[str, npt.NDArray[Any]]) -> None:
+    with part.open("wb") as stream:
+        np.savez(stream, **columns)  # type: ignore[arg-type]
+
+
+def _write_file(out: str, write: Callable[[Path], object], overwrite: bool) -> None:
+    """Write a file beside its place and move it there when it is complete."""
+    path = Path(out)
+    if path.exists() and (not overwrite or path.is_dir()):
+        raise RunError(
+            f"{show_path(path)} must not exist yet; got one; choose another name, or replace a "
+            "file with `--overwrite`."
+        )
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    except OSError as error:
+        raise RunError(
+            f"{show_path(path)} must be in a folder that can be written; "
+            f"got {error.strerror or error}; choose another name."
+        ) from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""Figures of a mixture; functions draw on axes and return them, and matplotlib is loaded lazily.
+
+Everything is drawn from the light `artifact.Mixture`: no network is needed to look at a model. Its
+`extra["num_times"]`, where stored, says how many consecutive components form one trajectory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cpmm_jax.artifact import Mixture
+from cpmm_jax.errors import ConfigError, RunError
+
+Axes = Any  # matplotlib.axes.Axes; matplotlib is not imported here
+_FEW_POINTS = 3000  # examples drawn at most
+_COLOUR_MAP = "viridis"  # one trajectory, or many
+_HUES = ("Blues", "Oranges", "Greens", "Purples", "Reds", "Greys")  # of a few trajectories
+_DPI = 110
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ConfigError(
+            "figures need matplotlib; got no such package here; "
+            "install it with: pip install 'cpmm_jax[plot]'."
+        ) from error
+    return plt
+
+
+def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """Return `ax`, or the axes of a new figure of `size` inches."""
+    return ax if ax is not None else _pyplot().subplots(figsize=size, layout="constrained")[1]
+
+
+def num_times(mixture: Mixture) -> int:
+    """Return T, the pseudotimes of each trajectory; K where it is not stored."""
+    stored = mixture.extra.get("num_times")
+    if isinstance(stored, int) and stored > 0 and mixture.num_components % stored == 0:
+        return stored
+    return mixture.num_components
+
+
+def _by_trajectory(mixture: Mixture, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Reshape (C, K, ...) to (C * S, T, ...)."""
+    return values.reshape(-1, num_times(mixture), *values.shape[2:])
+
+
+def _covariances(mixture: Mixture, basis: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the covariances of basis^T x of every component, (C, K, 2, 2)."""
+    projected = np.einsum("ckdr,de->cker", mixture.loadings, basis)
+    noise = np.einsum("ckd,de,df->ckef", np.exp(mixture.log_noise), basis, basis)
+    return np.asarray(np.einsum("cker,ckfr->ckef", projected, projected) + noise)
+
+
+def principal_plane(mixture: Mixture) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return the plane of the two leading principal axes of a mixture.
+
+    Returns:
+        The mean of the mixture, (D,), and two orthonormal axes, (D, 2).
+    """
+    weights = np.exp(mixture.logits - mixture.logits.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    classes = np.exp(mixture.class_logits - mixture.class_logits.max())
+    weights = weights * (classes / classes.sum())[:, None]
+    means = mixture.means.reshape(-1, mixture.dim)
+    centre = weights.reshape(-1) @ means
+    root = np.sqrt(weights)[:, :, None, None]
+    spread = (root * mixture.loadings).transpose(2, 0, 1, 3).reshape(mixture.dim, -1)
+    columns = np.concatenate([(np.sqrt(weights.reshape(-1, 1)) * (means - centre)).T, spread], 1)
+    noise = np.einsum("ck,ckd->d", weights, np.exp(mixture.log_noise))
+    _, vectors = np.linalg.eigh(columns @ columns.T + np.diag(noise))
+    return centre, vectors[:, :-3:-1]
+
+
+def plot_components(
+    mixture: Mixture,
+    x: npt.NDArray[Any] | None = None,
+    *,
+    sigmas: Sequence[float] = (1.0, 2.0),
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw data, and every component as ellipses coloured by pseudotime (Figure 1 of the paper).
+
+    More than two features are shown on the plane of the mixture's two leading principal axes, where
+    the ellipses are those of the projected components.
+
+    Args:
+        mixture: of D >= 2 features.
+        x: examples beside it, shape (N, D), in the units of the mixture.
+        sigmas: Mahalanobis radii of the ellipses.
+        ax: axes to draw on; new ones by default.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ConfigError: the mixture has one feature, or matplotlib is not installed.
+    """
+    if mixture.dim < 2:
+        raise ConfigError(
+            f"ellipses need a mixture of at least 2 features; got {mixture.dim}; "
+            "use `plot_density`."
+        )
+    ax = _axes(ax, (5.2, 4.6))
+    plt = _pyplot()
+    from matplotlib.collections import EllipseCollection
+
+    centre, basis = np.zeros(mixture.dim), np.eye(mixture.dim)
+    names = mixture.feature_names or ("feature 0", "feature 1")
+    if mixture.dim > 2:
+        centre, basis = principal_plane(mixture)
+        names = ("first principal axis of the mixture", "second principal axis")
+    if x is not None:
+        points = (_thin(x) - centre) @ basis
+        ax.scatter(*points.T, s=3, c="0.75", linewidths=0, zorder=1, rasterized=True)
+    means = _by_trajectory(mixture, (mixture.means - centre) @ basis)
+    eigenvalues, vectors = np.linalg.eigh(_by_trajectory(mixture, _covariances(mixture, basis)))
+    angles = np.degrees(np.arctan2(vectors[..., 1, 1], vectors[..., 0, 1]))
+    lengths = 2.0 * np.sqrt(np.maximum(eigenvalues, 0.0))
+    times = (np.arange(means.shape[1]) + 0.5) / means.shape[1]
+    several = 1 < len(means) <= len(_HUES)
+    for index, trajectory in enumerate(means):
+        colours = plt.get_cmap(_HUES[index])(0.35 + 0.6 * times) if several else None
+        if colours is None:
+            colours = plt.get_cmap(_COLOUR_MAP)(times)
+        if len(trajectory) > 2:
+            ax.plot(*trajectory.T, color="0.35", linewidth=0.6, zorder=2)
+        for sigma in sigmas:
+            ellipses = EllipseCollection(
+                lengths[index, :, 1] * sigma,
+                lengths[index, :, 0] * sigma,
+                angles[index],
+                units="xy",
+                offsets=trajectory,
+                transOffset=ax.transData,
+                facecolors="none",
+                edgecolors=colours,
+                linewidths=1.3 if sigma == min(sigmas) else 0.7,
+                zorder=3,
+            )
+            ax.add_collection(ellipses)
+    ax.autoscale_view()
+    ax.set(xlabel=names[0], ylabel=names[1], aspect="equal")
+    if not several and means.shape[1] > 1:
+        scale = plt.cm.ScalarMappable(plt.Normalize(0.0, 1.0), _COLOUR_MAP)
+        ax.figure.colorbar(scale, ax=ax, label="pseudotime", shrink=0.8)
+    return ax
+
+
+def plot_density(
+    mixture: Mixture, x: npt.NDArray[Any] | None = None, *, ax: Axes | None = None
+) -> Axes:
+    """Draw the density of a mixture of one feature over a histogram of examples (N, 1)."""
+    ax = _axes(ax, (5.2, 3.2))
+    spread = 4.0 * np.sqrt(np.exp(mixture.log_noise) + np.sum(mixture.loadings**2, axis=-1))
+    line = np.linspace((mixture.means - spread).min(), (mixture.means + spread).max(), 1000)
+    if x is not None:
+        ax.hist(x[:, 0], bins=60, density=True, color="0.85", label="data")
+    ax.plot(line, np.exp(mixture.log_prob(line[:, None])), label="mixture")
+    ax.set(xlabel=(mixture.feature_names or ("feature 0",))[0], ylabel="density")
+    ax.legend(frameon=False)
+    return ax
+
+
+def _thin(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return at most `_FEW_POINTS` rows, the same every time."""
+    if len(x) <= _FEW_POINTS:
+        return x
+    return x[np.random.default_rng(0).choice(len(x), _FEW_POINTS, replace=False)]
+
+
+def _tiles(images: npt.NDArray[Any], gap: int = 1) -> npt.NDArray[Any]:
+    """Lay images (rows, columns, H, W) or (..., channels) out as one, NaN between them."""
+    rows, columns, height, width, *channels = images.shape
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, *channels), np.nan)
+    for i in range(rows):
+        for j in range(columns):
+            top, left = i * (height + gap), j * (width + gap)
+            sheet[top : top + height, left : left + width] = images[i, j]
+    return sheet
+
+
+def _show_tiles(ax: Axes, sheet: npt.NDArray[Any], low: float, high: float) -> None:
+    colours = _pyplot().get_cmap("gray_r").with_extremes(bad="white")
+    ax.imshow(sheet, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
+    for side in ax.spines.values():
+        side.set_visible(False)
+    ax.set(xticks=[], yticks=[])
+
+
+def _image_shape(mixture: Mixture) -> tuple[int, ...]:
+    shape = mixture.event_shape
+    if shape is None or len(shape) not in (2, 3):
+        raise ConfigError(
+            f"images need a mixture whose `event_shape` is (H, W) or (H, W, channels); got {shape}."
+        )
+    return shape
+
+
+def plot_trajectory_images(mixture: Mixture, *, ax: Axes | None = None) -> Axes:
+    """Draw the means along each trajectory as a row of images, pseudotime from left to right.
+
+    Args:
+        mixture: with the `event_shape` of an image.
+        ax: axes to draw on; new ones by default.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ConfigError: no image shape, or matplotlib is not installed.
+    """
+    shape = _image_shape(mixture)
+    means = _by_trajectory(mixture, mixture.means)
+    rows, columns = means.shape[:2]
+    ax = _axes(ax, (0.55 * columns + 0.6, 0.55 * rows + 0.3))
+    low, high = float(mixture.means.min()), float(mixture.means.max())
+    _show_tiles(ax, _tiles(means.reshape(rows, columns, *shape)), max(low, 0.0), high)
+    per_class = rows // mixture.num_classes
+    names = mixture.class_names or tuple(str(c) for c in range(mixture.num_classes))
+    step = shape[0] + 1
+    ax.set_yticks([step * per_class * (c + 0.5) - 1 for c in range(len(names))], names)
+    ax.tick_params(length=0)
+    ax.set_xlabel("pseudotime →")
+    return ax
+
+
+def plot_sample_images(
+    mixture: Mixture, rng: np.random.Generator, *, columns: int = 10, ax: Axes | None = None
+) -> Axes:
+    """Draw samples of each class as a row of images.
+
+    Args:
+        mixture: with the `event_shape` of an image.
+        rng: where the samples come from.
+        columns: samples of each class.
+        ax: axes to draw on; new ones by default.
+
+    Returns:
+        The axes.
+    """
+    shape = _image_shape(mixture)
+    count = mixture.num_classes
+    ax = _axes(ax, (0.55 * columns + 0.6, 0.55 * count + 0.1))
+    samples = np.stack([_of_class(mixture, c).sample(rng, columns) for c in range(count)])
+    low, high = float(mixture.means.min()), float(mixture.means.max())
+    _show_tiles(ax, _tiles(samples.reshape(count, columns, *shape)), max(low, 0.0), high)
+    names = mixture.class_names or tuple(str(c) for c in range(count))
+    ax.set_yticks([(shape[0] + 1) * (c + 0.5) - 1 for c in range(count)], names)
+    ax.tick_params(length=0)
+    return ax
+
+
+def _of_class(mixture: Mixture, c: int) -> Mixture:
+    one = slice(c, c + 1)
+    return Mixture(
+        mixture.class_logits[one],
+        mixture.logits[one],
+        mixture.means[one],
+        mixture.loadings[one],
+        mixture.log_noise[one],
+    )
+
+
+def plot_training(history: Sequence[Mapping[str, Any]], *, ax: Axes | None = None) -> Axes:
+    """Draw the log-likelihood of training batches and of the validation part by step.
+
+    Args:
+        history: reports, as in `FitResult.history` or `metrics.jsonl`.
+        ax: axes to draw on; new ones by default.
+
+    Returns:
+        The axes; log-likelihoods are in nats per example, in standardised units.
+    """
+    ax = _axes(ax, (5.2, 3.2))
+    steps = [report["step"] for report in history]
+    for name, sign, label in (
+        ("loss", -1.0, "training"),
+        ("valid_log_likelihood", 1.0, "validation"),
+    ):
+        values = [np.nan if r[name] is None else sign * r[name] for r in history]
+        if not np.all(np.isnan(values)):
+            ax.plot(steps, values, label=label)
+    shown = [y for line in ax.lines for y in line.get_ydata() if np.isfinite(y)]
+    if len(shown) > 4:  # the first steps must not flatten the rest
+        low, high = np.quantile(shown, 0.05), max(shown)
+        ax.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+    ax.set(xlabel="step", ylabel="log-likelihood (nats, standardised)")
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_run(
+    mixture: Mixture,
+    history: Sequence[Mapping[str, Any]],
+    folder: Path,
+    x: npt.NDArray[Any] | None = None,
+) -> list[Path]:
+    """Write the figures that suit a mixture, as PNG files.
+
+    Args:
+        mixture: of a run.
+        history: its reports.
+        folder: where to write; made where it is missing.
+        x: examples to show beside the mixture, shape (N, D).
+
+    Returns:
+        The files: `training.png`, and `trajectories.png` and `samples.png` of images,
+        `components.png` of other data (`density.png` of one feature).
+
+    Raises:
+        RunError: the folder cannot be written.
+        ConfigError: matplotlib is not installed.
+    """
+    figures = {"training.png": plot_training(history)}
+    if mixture.event_shape is not None and len(mixture.event_shape) in (2, 3):
+        figures["trajectories.png"] = plot_trajectory_images(mixture)
+        figures["samples.png"] = plot_sample_images(mixture, np.random.default_rng(0))
+    elif mixture.dim > 1:
+        figures["components.png"] = plot_components(mixture, x)
+    else:
+        figures["density.png"] = plot_density(mixture, x)
+    return [save_figure(ax, folder / name) for name, ax in figures.items()]
+
+
+def save_figure(ax: Axes, path: Path) -> Path:
+    """Write the figure of `ax` to a file, close it, and return the path."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ax.figure.savefig(path, dpi=_DPI)
+    except OSError as error:
+        raise RunError(
+            f"{str(path)!r} must be a file that can be written; got {error.strerror or error}; "
+            "check the folder."
+        ) from error
+    finally:
+        _pyplot().close(ax.figure)
+    return path

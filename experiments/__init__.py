@@ -1,0 +1,1 @@
+"""One file per question; its docstring states the result obtained."""

@@ -1,0 +1,61 @@
+"""One small run for all tests of the command line, and a way to call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from cpmm_jax.cli import main
+
+SMALL = ["--steps", "20", "--trajectories", "2", "--components", "4", "--rank", "1"]
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Cpmm = Callable[..., Answer]
+
+
+@pytest.fixture
+def cpmm(capsys: pytest.CaptureFixture[str]) -> Cpmm:
+    def call(*arguments: object) -> Answer:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Answer(code, *capsys.readouterr())
+
+    return call
+
+
+def write_table(path: Path, rows: int = 120) -> Path:
+    """Write a table with two features and a column of labels between them."""
+    rng = np.random.default_rng(0)
+    lines = ["left,kind,right"]
+    for i in range(rows):
+        kind = ("oak", "elm")[i % 2]
+        x = rng.standard_normal(2) + 4.0 * (i % 2)
+        lines.append(f"{x[0]:.6f},{kind},{10 * x[1]:.6f}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_table(tmp_path_factory.mktemp("table") / "trees.csv")
+
+
+@pytest.fixture(scope="session")
+def run(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a labelled run on the table."""
+    folder = tmp_path_factory.mktemp("runs") / "trees"
+    settings = ["--steps", "20", "--components", "4", "--rank", "1", "--quiet"]
+    assert main(["fit", str(table), "--label", "kind", "--out", str(folder), *settings]) == 0
+    return folder
