@@ -146,6 +146,9 @@ def plot_components(
                 zorder=3,
             )
             ax.add_collection(ellipses)
+    # What an EllipseCollection covers is no part of the automatic limits.
+    radius = 0.5 * min(sigmas) * lengths[..., 1:]
+    ax.update_datalim(np.concatenate([means - radius, means + radius]).reshape(-1, 2))
     ax.autoscale_view()
     ax.set(xlabel=names[0], ylabel=names[1], aspect="equal")
     if not several and means.shape[1] > 1:

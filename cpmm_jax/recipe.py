@@ -33,7 +33,10 @@ class Recipe:
     Attributes:
         num_classes: classes of the hierarchy, C; without labels every trajectory is one.
         num_trajectories: trajectories of each class, S.
-        num_times: pseudotimes of each trajectory, T; the mixture has C S T components.
+        num_times: pseudotimes at which each trajectory is extracted, T; the mixture has C S T
+            components.
+        train_times: pseudotimes drawn in a training step; fewer where rows are scarce, as a
+            regulariser.
         rank: factors of a component, R.
         widths: hidden units of the field.
         steps: training steps.
@@ -48,6 +51,7 @@ class Recipe:
     num_classes: int
     num_trajectories: int
     num_times: int
+    train_times: int
     rank: int
     widths: tuple[int, ...]
     steps: int
@@ -137,9 +141,10 @@ def recommend(
         num_classes=classes if labelled else trajectories,
         num_trajectories=trajectories if labelled else 1,
         num_times=times,
+        train_times=_default_train_times(rows, dim, times),
         rank=_default_rank(rows, dim) if rank is None else rank,
         widths=(128, 128) if dim < 16 else (256, 256),
-        steps=3000 if steps is None else steps,
+        steps=(1500 if _few(rows, dim) else 3000) if steps is None else steps,
         batch_size=256 if batch_size is None else batch_size,
         learning_rate=3e-3 if learning_rate is None else learning_rate,
         patience=10,
@@ -162,13 +167,22 @@ def _default_trajectories(rows: float, dim: int, components: int | None, classes
     return max(s for s in range(1, wanted + 1) if per_class % s == 0)
 
 
+def _few(rows: float, dim: int) -> bool:
+    """Whether a class has few rows for its features: regularisation is then what counts."""
+    return rows <= 20 * dim
+
+
 def _default_times(rows: float, dim: int, trajectories: int) -> int:
-    times = 2 if trajectories >= 40 else 8
+    times = 2 if trajectories >= 40 else 16 if _few(rows, dim) else 8
     return max(1, min(times, int(rows) // (2 * trajectories)))
 
 
+def _default_train_times(rows: float, dim: int, times: int) -> int:
+    return min(times, max(3, times // 5)) if _few(rows, dim) else times
+
+
 def _default_rank(rows: float, dim: int) -> int:
-    return max(0, min(dim - 1, 4 if rows > 100 * dim or dim <= 16 else 8))
+    return max(0, min(dim - 1, 4 if rows > 100 * dim or dim <= 16 else 12))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +239,8 @@ def fit_mixture(
         steps=recipe.steps,
         batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
-        num_times=recipe.num_times,
+        num_times=recipe.train_times,
+        valid_times=recipe.num_times,
         patience=recipe.patience,
         seed=recipe.seed,
     )

@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.provenance import provenance
 from cpmm_jax.data import Dataset, Standardizer, load, split
 from cpmm_jax.errors import DataWarning
 from cpmm_jax.plotting import plot_components, plot_run, save_figure
 from cpmm_jax.run import Source, fit_run, open_run
-from experiments.provenance import provenance
 
 OUT = Path("demo_output")
 RESULTS = Path(__file__).parent / "results"
@@ -152,7 +152,7 @@ def figure_1(folder: Path) -> list[Path]:
             trajectories=trajectories,
             components=48,
             rank=1,
-            steps=2500,
+            steps=5000,
         )
         ax = plot_components(open_run(run).mixture, x)
         ax.set_title(f"{word} trajector{'y' if trajectories == 1 else 'ies'}")

@@ -23,12 +23,15 @@ _ROUNDS = 32
 
 
 def batch_indices(
-    key: Array, step: Int[Array, ""] | int, batch_size: int, num_examples: int
+    key: Array,
+    step: Int[Array, ""] | int,
+    batch_size: int,
+    num_examples: Int[Array, ""] | int,
 ) -> Int[Array, " B"]:
     """Return the examples of the batch of one step, shape (batch_size,), without repeats.
 
     An epoch is `num_examples // batch_size` batches; the examples left over differ from epoch to
-    epoch. Usable under `jit`, with `step` traced.
+    epoch. Usable under `jit`, with `step` and `num_examples` traced.
 
     Args:
         key: PRNG key of the whole run; the same in every step.
@@ -40,7 +43,7 @@ def batch_indices(
         Indices in 0..N-1, int32.
 
     Raises:
-        ConfigError: `batch_size` is not in 1..N.
+        ConfigError: `batch_size` is not in 1..N (not checked where N is traced).
 
     Example:
         >>> import jax, numpy as np
@@ -48,7 +51,7 @@ def batch_indices(
         >>> np.sort(np.concatenate(epoch)).tolist() == list(range(20))
         True
     """
-    if not 1 <= batch_size <= num_examples:
+    if not isinstance(num_examples, jax.core.Tracer) and not 1 <= batch_size <= num_examples:
         raise ConfigError(
             f"`batch_size` must be in 1..{num_examples}, the number of examples; "
             f"got {batch_size}; use a smaller batch."
@@ -58,7 +61,9 @@ def batch_indices(
     return _permute(jax.random.fold_in(key, epoch), positions, num_examples)
 
 
-def _permute(key: Array, positions: Int[Array, " B"], size: int) -> Int[Array, " B"]:
+def _permute(
+    key: Array, positions: Int[Array, " B"], size: Int[Array, ""] | int
+) -> Int[Array, " B"]:
     """Map positions in 0..size-1 by a random permutation of them that depends on `key` alone."""
     pivot_key, salt_key = jax.random.split(key)
     pivots = jax.random.randint(pivot_key, (_ROUNDS,), 0, size, jnp.int32)

@@ -19,7 +19,7 @@ from flax import nnx
 from cpmm_jax.dynamics.solve import check_result
 from cpmm_jax.errors import SolverError, TrainingError
 from cpmm_jax.training.config import TrainConfig, default_optimizer, learning_rate_schedule
-from cpmm_jax.training.inputs import Parts, prepare, take_apart
+from cpmm_jax.training.inputs import Data, Parts, prepare, take_apart
 from cpmm_jax.training.progress import MetricsFile, ProgressBar, number
 from cpmm_jax.training.state import (
     CAUSES,
@@ -29,7 +29,7 @@ from cpmm_jax.training.state import (
     initial_state,
     snapshot,
 )
-from cpmm_jax.training.step import Examples, Plan, run_block, validation_score
+from cpmm_jax.training.step import Plan, Settings, run_block, validation_score
 
 logger = logging.getLogger("cpmm_jax")
 
@@ -86,7 +86,7 @@ def fit(
 
     Each report holds `step`, `loss` (mean over the accepted steps since the last report),
     `valid_log_likelihood` (nats per example, of what is trained on: log p(x, y) with labels, else
-    log p(x); uniform grid of `num_times` pseudotimes), `learning_rate` (None if unknown),
+    log p(x); uniform grid of `valid_times` pseudotimes), `learning_rate` (None if unknown),
     `grad_norm`, `ode_steps` (means too), `refused` (steps so far), `examples_per_second`,
     `seconds` (since the start).
 
@@ -118,9 +118,9 @@ def fit(
     config = TrainConfig() if config is None else config
     config.check()
     parts = take_apart(model)
-    train, valid = prepare(model, parts.params, x, y, x_valid, y_valid, config)
+    data = prepare(model, parts.params, x, y, x_valid, y_valid, config)
     with MetricsFile(metrics_path) as metrics, ProgressBar(config.steps, shown=progress) as bar:
-        run = _Run(parts, train, valid, config, optimizer, start)
+        run = _Run(parts, data, config, optimizer, start)
         bar.restart()
         while run.stopped is None:
             report = run.advance()
@@ -140,23 +140,27 @@ class _Run:
     def __init__(
         self,
         parts: Parts,
-        train: Examples,
-        valid: Examples | None,
+        data: Data,
         config: TrainConfig,
         optimizer: optax.GradientTransformation | None,
         start: float,
     ) -> None:
-        self.parts, self.train, self.valid, self.config = parts, train, valid, config
-        self.schedule = learning_rate_schedule(config) if optimizer is None else None
+        self.parts, self.config = parts, config
+        self.train, self.valid = data.train, data.valid
+        self.settings = Settings(
+            key=jax.random.key(config.seed),
+            num_examples=jnp.int32(data.num_examples),
+            max_refused=jnp.int32(config.max_refused),
+            schedule=learning_rate_schedule(config) if optimizer is None else None,
+        )
         self.plan = Plan(
             parts.graphdef,
             default_optimizer(config) if optimizer is None else optimizer,
             config.time_sampler,
             config.num_times,
-            min(config.batch_size, len(train.x)),
+            min(config.batch_size, data.num_examples),
         )
         self.start = start
-        self.key = jax.random.key(config.seed)
         self.stopped: Literal["finished", "early stopping", "refused"] | None = None
         self.history: list[Report] = []
         self.state: TrainState = initial_state(self.plan.optimizer, parts.params)
@@ -166,7 +170,7 @@ class _Run:
         self.best_score = self._score()
         self.compile_seconds = time.perf_counter() - compiling
         self.best_step, self.stale = 0, 0
-        self.best_params = None if valid is None else snapshot(self.state.params)
+        self.best_params = None if self.valid is None else snapshot(self.state.params)
 
     def advance(self) -> Report:
         """Train up to the next report; decide whether to stop, in `self.stopped`."""
@@ -246,9 +250,8 @@ class _Run:
             self.state,
             self.parts.fixed,
             self.train,
-            self.key,
+            self.settings,
             jnp.int32(stop),
-            jnp.int32(self.config.max_refused),
         )
         return jax.block_until_ready(totals)
 
@@ -256,7 +259,7 @@ class _Run:
         """Return the validation score; -inf where there is none or it is not finite."""
         if self.valid is None:
             return -math.inf
-        parts, times = self.parts, self.config.num_times
+        parts, times = self.parts, self.config.valid_times or self.config.num_times
         score = float(
             validation_score(parts.graphdef, self.state.params, parts.fixed, self.valid, times)
         )
@@ -287,9 +290,9 @@ class _Run:
 
     def _learning_rate(self) -> float | None:
         """Return the learning rate of the last update; None for an optimiser that hides it."""
-        if self.schedule is not None:
+        if self.settings.schedule is not None:
             updates = int(self.state.step) - int(self.state.refused.sum())
-            return float(self.schedule(max(updates - 1, 0)))
+            return float(self.settings.schedule(max(updates - 1, 0)))
         # Where it was wrapped in `optax.inject_hyperparams`, once.
         rates = optax.tree.get_all_with_path(self.state.opt_state, "learning_rate")
         return float(rates[0][1]) if len(rates) == 1 else None

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from cpmm_jax.data.batches import batch_indices
 from cpmm_jax.dynamics.trajectory import GridTimes
-from cpmm_jax.training.config import TimeSampler
+from cpmm_jax.training.config import Schedule, TimeSampler
 from cpmm_jax.training.objective import negative_log_likelihood
 from cpmm_jax.training.state import CAUSES, BlockTotals, TrainState, empty_totals
 
@@ -37,14 +37,30 @@ class Plan(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Examples on the device: x (N, D), and y (N,) int32 or None."""
+    """Examples on the device: x (N, D), and y (N,) int32 or None; N counts padding rows too."""
 
     x: Float[Array, "N D"]
     y: Int[Array, " N"] | None
 
 
+class Settings(NamedTuple):
+    """What a step takes besides state and data, all of it traced: other values compile nothing.
+
+    Attributes:
+        key: PRNG key of the run; batches and pseudotimes are functions of it and of the step.
+        num_examples: rows of the training examples that are no padding.
+        max_refused: refused steps in a row that are borne.
+        schedule: learning rate by number of updates; None for an optimiser that has its own.
+    """
+
+    key: Array
+    num_examples: Int[Array, ""]
+    max_refused: Int[Array, ""]
+    schedule: Schedule | None
+
+
 def training_step(
-    plan: Plan, state: TrainState, fixed: Any, train: Examples, key: Array
+    plan: Plan, state: TrainState, fixed: Any, train: Examples, settings: Settings
 ) -> tuple[TrainState, BlockTotals]:
     """Do one step, or refuse it and leave parameters and optimiser state as they are.
 
@@ -56,13 +72,13 @@ def training_step(
         state: the state before the step.
         fixed: the arrays of the model that are not trained.
         train: training examples.
-        key: PRNG key of the run; batch and pseudotimes are functions of it and of `state.step`.
+        settings: what else is traced.
 
     Returns:
         The state after the step, and this step's totals (all zero if it was refused).
     """
-    batch_key, times_key = jax.random.split(key)
-    rows = batch_indices(batch_key, state.step, plan.batch_size, train.x.shape[0])
+    batch_key, times_key = jax.random.split(settings.key)
+    rows = batch_indices(batch_key, state.step, plan.batch_size, settings.num_examples)
     batch = jax.tree.map(lambda leaf: leaf[rows], train)
     times = plan.time_sampler(jax.random.fold_in(times_key, state.step), plan.num_times)
 
@@ -74,6 +90,9 @@ def training_step(
     grad_norm = optax.tree.norm(grads)
     optimizer = optax.with_extra_args_support(plan.optimizer)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
+    if settings.schedule is not None:
+        rate = settings.schedule(state.step - state.refused.sum())
+        updates = jax.tree.map(lambda update: -rate.astype(update.dtype) * update, updates)
     params = optax.apply_updates(state.params, updates)
 
     finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
@@ -108,22 +127,21 @@ def run_block(
     state: TrainState,
     fixed: Any,
     train: Examples,
-    key: Array,
+    settings: Settings,
     stop: Int[Array, ""],
-    max_refused: Int[Array, ""],
 ) -> tuple[TrainState, BlockTotals]:
     """Train until `stop` steps are done, or more than `max_refused` in a row have been refused.
 
-    Both bounds are traced, so that a shorter last block is the same program. `state` is donated.
+    `stop` is traced, so that a shorter last block is the same program. `state` is donated.
     """
 
     def goes_on(carry: tuple[TrainState, BlockTotals]) -> Array:
         state, _ = carry
-        return (state.step < stop) & (state.refused_in_a_row <= max_refused)
+        return (state.step < stop) & (state.refused_in_a_row <= settings.max_refused)
 
     def body(carry: tuple[TrainState, BlockTotals]) -> tuple[TrainState, BlockTotals]:
         state, totals = carry
-        state, more = training_step(plan, state, fixed, train, key)
+        state, more = training_step(plan, state, fixed, train, settings)
         return state, jax.tree.map(jnp.add, totals, more)
 
     return jax.lax.while_loop(goes_on, body, (state, empty_totals()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
-from cpmm_jax.dynamics.solve import NOT_FINITE, STEPS_EXHAUSTED, SolverConfig
+from cpmm_jax.dynamics.solve import NOT_FINITE, SolverConfig
 from cpmm_jax.dynamics.trajectory import GridTimes
 from cpmm_jax.errors import ConfigError, SolverError
+from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.models.cpmm import CPMM
+from cpmm_jax.models.reading import Reading
+from tests.models.small import QUICK, examples, leaves, log_prob, small, uneven, wild
 
-QUICK = SolverConfig(num_steps=8)
 EXHAUSTED = SolverConfig(solver=diffrax.Heun(), num_steps=None, max_steps=2, rtol=1e-6, atol=1e-6)
 NAMES = {  # as checkpoints name them
     "augmented",
@@ -40,50 +40,28 @@ NAMES = {  # as checkpoints name them
 }
 
 
-def small(seed: int = 0, **settings: Any) -> CPMM:
-    """Return D = 2, R = 1, C = 2, S = 3."""
-    sizes = {"dim": 2, "rank": 1, "num_classes": 2, "num_trajectories": 3}
-    cheap = {"augmented": 4, "widths": (8,), "solver": QUICK}
-    return CPMM(**(sizes | cheap | settings), rngs=nnx.Rngs(seed))
+@jax.jit
+def read(model: CPMM, times: Array) -> Reading:
+    return model.read(times)
 
 
-def uneven(model: CPMM) -> CPMM:
-    """Give the classes and trajectories weights of their own."""
-    lead = model.trajectory_logits[...].shape
-    model.trajectory_logits[...] = jnp.cos(jnp.arange(np.prod(lead))).reshape(lead)
-    model.class_logits[...] = jnp.linspace(-0.5, 0.5, lead[0])
-    return model
-
-
-def examples(n: int, dim: int = 2, seed: int = 7) -> Array:
-    return jax.random.normal(jax.random.key(seed), (n, dim))
-
-
-def leaves(tree: Any) -> list[Array]:
-    return jax.tree.leaves(tree)
-
-
-@pytest.mark.parametrize("rank", [0, 1, 3])
-@pytest.mark.parametrize("num_times", [1, 5])
-def test_shapes(rank: int, num_times: int) -> None:
-    model = CPMM(3, rank, 2, 2, widths=(8,), solver=QUICK, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize(("dim", "rank", "num_times"), [(1, 1, 4), (3, 0, 1), (3, 1, 5), (3, 3, 5)])
+def test_shapes(dim: int, rank: int, num_times: int) -> None:
+    model = CPMM(dim, rank, 2, 2, widths=(8,), solver=QUICK, rngs=nnx.Rngs(0))
     mixture = model.extract(num_times)
     lead = (2, 2 * num_times)
     assert mixture.class_logits.shape == (2,)
     assert mixture.components.logits.shape == lead
-    assert mixture.components.means.shape == (*lead, 3)
-    assert mixture.components.loadings.shape == (*lead, 3, rank)
-    assert mixture.components.log_noise.shape == (*lead, 3)
+    assert mixture.components.means.shape == (*lead, dim)
+    assert mixture.components.loadings.shape == (*lead, dim, rank)
+    assert mixture.components.log_noise.shape == (*lead, dim)
     chex.assert_tree_all_finite(mixture)
-
-
-def test_one_feature() -> None:
-    model = CPMM(1, 1, widths=(8,), solver=QUICK, rngs=nnx.Rngs(0))
-    assert bool(jnp.all(jnp.isfinite(model.extract(4).log_prob(jnp.zeros((3, 1))))))
+    assert model.augmented[...].shape == (2, 2, 2 * (rank + 2) * dim)
+    assert np.isfinite(log_prob(mixture, np.zeros((3, dim)))).all()
 
 
 def test_reading_reports_steps_and_success() -> None:
-    reading = small().read(jnp.array([0.2, 0.9]))
+    reading = read(small(), jnp.array([0.2, 0.9]))
     assert int(reading.num_steps) == 8
     assert bool(reading.ok)
 
@@ -91,28 +69,36 @@ def test_reading_reports_steps_and_success() -> None:
 def test_extraction_has_any_number_of_times() -> None:
     """The trajectory does not depend on where it is read."""
     model = small()
-    few, many = model.extract(3), model.extract(9)
-    assert (few.num_components, many.num_components) == (9, 27)
-    # The midpoints of 3 cells are among those of 9.
-    thinned = many.components.means.reshape(2, 3, 9, 2)[:, :, 1::3]
-    means = few.components.means.reshape(2, 3, 3, 2)
-    np.testing.assert_allclose(thinned, means, rtol=1e-4, atol=1e-5)
+    few, many = model.extract(3), model.extract(243)
+    assert (few.num_components, many.num_components) == (9, 729)
+
+    def thinned(every: int) -> HierarchicalMFA:
+        """Keep the midpoints of fewer cells; they are among those of 243."""
+        kept = np.arange(729).reshape(3, 243)[:, every // 2 :: every].ravel()
+        components = jax.tree.map(lambda leaf: np.asarray(leaf)[:, kept], many.components)
+        return HierarchicalMFA(many.class_logits, components)
+
+    for a, b in zip(leaves(few), leaves(thinned(81)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     # More times are a finer rule for the same integral.
     x = examples(20)
-    fine = model.extract(200).log_prob(x)
-    errors = [float(jnp.max(jnp.abs(mixture.log_prob(x) - fine))) for mixture in (few, many)]
+    fine = log_prob(many, x)
+    errors = [np.abs(log_prob(mixture, x) - fine).max() for mixture in (few, thinned(27))]
     assert errors[1] < 0.3 * errors[0]
     assert errors[1] < 0.05
 
 
-def test_untrained_trajectories_cross_standardised_data() -> None:
-    for dim in (2, 16, 64):
-        travelled = []
-        for seed in range(4):
-            means = CPMM(dim, min(2, dim), rngs=nnx.Rngs(seed)).extract(33).components.means[0]
-            travelled.append(float(jnp.mean(jnp.max(means, axis=0) - jnp.min(means, axis=0))))
-        assert 0.2 < np.mean(travelled) < 3.0, dim
-        assert min(travelled) > 0.1, dim
+@pytest.mark.parametrize("dim", [2, 16, 64])
+def test_untrained_trajectories_cross_standardised_data(dim: int) -> None:
+    @jax.jit
+    def mean_path(key: Array) -> Array:
+        model = CPMM(dim, 2, rngs=nnx.Rngs(key))
+        return model.mixture(GridTimes()(None, 33)).components.means[0]
+
+    paths = np.stack([mean_path(jax.random.key(seed)) for seed in range(4)])
+    travelled = np.mean(paths.max(axis=1) - paths.min(axis=1), axis=1)
+    assert 0.2 < np.mean(travelled) < 3.0
+    assert min(travelled) > 0.1
 
 
 def test_zero_output_starts_at_rest() -> None:
@@ -142,118 +128,59 @@ def test_noise_floor_bounds_every_variance(floor: Any) -> None:
 def test_weights_are_constant_along_a_trajectory_unless_they_evolve() -> None:
     constant, evolving = uneven(small()), uneven(small(evolve_weights=True))
     assert constant.logits is None
-    logits = constant.extract(6).components.logits.reshape(2, 3, 6)
-    expected = jnp.repeat(constant.trajectory_logits[...][..., None], 6, axis=2)
-    np.testing.assert_array_equal(logits, expected)
-    moving = evolving.extract(6).components.logits.reshape(2, 3, 6)
-    assert float(jnp.min(jnp.std(moving, axis=2))) > 0.01
-    np.testing.assert_allclose(
-        evolving.mixture(jnp.zeros(1)).components.logits, evolving.trajectory_logits[...], atol=1e-6
-    )
+    times = jnp.linspace(0.0, 1.0, 6)
+    start = np.asarray(constant.trajectory_logits[...])
+    logits = read(constant, times).mixture.components.logits.reshape(2, 3, 6)
+    np.testing.assert_array_equal(logits, np.repeat(start[..., None], 6, axis=2))
+    moving = read(evolving, times).mixture.components.logits.reshape(2, 3, 6)
+    np.testing.assert_allclose(moving[..., 0], start, atol=1e-6)
+    assert float(np.min(np.std(moving, axis=2))) > 0.01
 
 
 def test_augmented_channels_matter_but_are_no_part_of_the_mixture() -> None:
-    model = small()
+    model, other, ends = small(), small(), jnp.array([0.0, 1.0])
     assert model.augmented[...].shape == (2, 3, 4)
-    assert not np.any(jax.jit(jax.grad(_means_at_start))(model).augmented[...])
-    assert np.any(jax.jit(jax.grad(_means_at_end))(model).augmented[...])
+    other.augmented[...] = model.augmented[...] + 1.0
+    one, two = (read(each, ends).mixture.components.means for each in (model, other))
+    np.testing.assert_array_equal(one[:, ::2], two[:, ::2])
+    assert float(np.min(np.abs(one - two)[:, 1::2])) > 1e-4
     none = small(augmented=0)
     assert none.augmented[...].shape == (2, 3, 0)
     chex.assert_tree_all_finite(none.extract(2))
 
 
-def _means_at_start(model: CPMM) -> Array:
-    return jnp.sum(model.mixture(jnp.zeros(1)).components.means ** 2)
-
-
-def _means_at_end(model: CPMM) -> Array:
-    return jnp.sum(model.mixture(jnp.ones(1)).components.means ** 2)
+LEARNED = ("field", "means", "loadings", "log_noise", "augmented", "trajectory_logits")
 
 
 def test_classes_have_fields_of_their_own() -> None:
+    """Every number of class 1 moves the components of class 1 and leaves class 0 alone."""
     model = small(field_per_class=True)
     assert all(leaf.shape[0] == 2 for leaf in leaves(model.field))
     kernel = model.field.output.kernel[...]
     assert bool(jnp.all(kernel[0] != kernel[1]))
-
-    @jax.jit
-    @jax.grad
-    def gradient(model: CPMM) -> Array:
-        first = jax.tree.map(lambda leaf: leaf[0], model.mixture(GridTimes()(None, 3)).components)
-        return sum(jnp.sum(jnp.sin(leaf)) for leaf in leaves(first))  # type: ignore[return-value]
-
-    of_first = gradient(model)
-    for leaf in leaves((of_first.field, of_first.means, of_first.augmented)):
-        assert np.any(leaf[0])
-        assert not np.any(leaf[1])
-    shared = gradient(small())
-    assert not np.any(shared.means[...][1])
-    assert all(np.any(leaf) for leaf in leaves(shared.field))
+    for name in LEARNED:
+        for number in range(len(leaves(getattr(model, name)))):
+            moved = _moves(model, name, number, lambda leaf: leaf.at[1].add(0.5))
+            assert moved == [False, True], (name, number)
 
 
-def test_backsolve_gives_the_gradient_of_the_likelihood() -> None:
-    x, times = examples(20), GridTimes()(None, 4)
-    accurate = SolverConfig(solver=diffrax.Heun(), num_steps=32)
-    backwards = replace(accurate, adjoint=diffrax.BacksolveAdjoint())
-
-    @jax.jit
-    @jax.grad
-    def gradient(model: CPMM) -> Array:
-        return -jnp.mean(model.mixture(times).log_prob(x))
-
-    expected, _ = ravel_pytree(gradient(uneven(small(solver=accurate))))
-    got, _ = ravel_pytree(gradient(uneven(small(solver=backwards))))
-    assert float(jnp.max(jnp.abs(expected))) > 0.05
-    np.testing.assert_allclose(got, expected, atol=1e-3)
+def test_classes_share_a_field_by_default() -> None:
+    model = small()
+    for number in range(len(leaves(model.field))):
+        assert _moves(model, "field", number, lambda leaf: leaf + 0.5) == [True, True]
+    for name in LEARNED[1:]:
+        assert _moves(model, name, 0, lambda leaf: leaf.at[1].add(0.5)) == [False, True], name
 
 
-@jax.jit
-def continuous(model: CPMM, x: Array) -> Array:
-    return model.continuous_log_prob(x)
-
-
-def value_and_gradient(function: Callable[[CPMM], Array], model: CPMM) -> tuple[Array, Array]:
-    """Return log p(x) of every example and the gradient of their mean, of one program."""
-
-    @jax.jit
-    def both(model: CPMM) -> tuple[Array, CPMM]:
-        values, pull = jax.vjp(function, model)
-        return values, pull(jnp.full_like(values, 1.0 / values.size))[0]
-
-    values, gradient = both(model)
-    return values, ravel_pytree(gradient)[0]
-
-
-def test_mixture_inside_the_solver_is_the_limit_of_many_components() -> None:
-    solver = SolverConfig(solver=diffrax.Heun(), num_steps=128)
-    model, x = uneven(small(solver=solver)), 2.0 * examples(30)
-    sampled = model.extract(2000).log_prob(x)
-    np.testing.assert_allclose(continuous(model, x), sampled, atol=1e-3)
-
-
-def test_evolving_weights_inside_the_solver_and_gradients() -> None:
-    solver = SolverConfig(solver=diffrax.Heun(), num_steps=128)
-    model, x = uneven(small(solver=solver, evolve_weights=True)), examples(5)
-    times = GridTimes()(None, 1000)
-    got = value_and_gradient(lambda m: m.continuous_log_prob(x), model)
-    expected = value_and_gradient(lambda m: m.mixture(times).log_prob(x), model)
-    np.testing.assert_allclose(got[0], expected[0], atol=1e-3)
-    assert float(jnp.max(jnp.abs(expected[1]))) > 0.1
-    np.testing.assert_allclose(got[1], expected[1], atol=1e-3)
-
-
-def test_mixture_inside_the_solver_does_not_underflow() -> None:
-    solver = SolverConfig(solver=diffrax.Heun(), num_steps=2000)
-    settings = {"num_classes": 1, "num_trajectories": 2, "initial_noise": 1.0}
-    model = small(dim=50, **settings, solver=solver, field_per_class=True)
-    x = 4.0 * examples(6, dim=50)
-    sampled = np.asarray(model.extract(2000).log_prob(x))
-    assert sampled.max() < -200.0
-    assert not np.any(np.exp(sampled))  # the densities are 0 in float32
-    values, gradient = value_and_gradient(lambda m: m.continuous_log_prob(x), model)
-    np.testing.assert_allclose(values, sampled, rtol=1e-5, atol=1e-3)
-    assert bool(jnp.all(jnp.isfinite(gradient)))
-    assert float(jnp.max(jnp.abs(gradient))) > 0.1
+def _moves(model: CPMM, name: str, number: int, change: Any) -> list[bool]:
+    """Say of each class whether changing one array changes its components."""
+    times = jnp.array([0.2, 0.9])
+    other = jax.tree.map(lambda leaf: leaf, model)
+    arrays = jax.tree.leaves(getattr(other, name), is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    arrays[number][...] = change(arrays[number][...])
+    mixtures = (read(each, times).mixture for each in (model, other))
+    pairs = list(zip(*(leaves(mixture.components) for mixture in mixtures), strict=True))
+    return [any(not np.array_equal(a[c], b[c]) for a, b in pairs) for c in range(2)]
 
 
 def test_model_is_a_plain_pytree() -> None:
@@ -274,7 +201,8 @@ def test_model_is_a_plain_pytree() -> None:
     assert jax.tree.structure(small(solver=replace(QUICK, num_steps=4))) != jax.tree.structure(
         models[0]
     )
-    np.testing.assert_allclose(value(models[1], times), models[1].extract(3).log_prob(x), rtol=1e-5)
+    extracted = log_prob(models[1].extract(3), x)
+    np.testing.assert_allclose(value(models[1], times), extracted, rtol=1e-5)
 
 
 def test_names_in_a_checkpoint_are_plain() -> None:
@@ -294,11 +222,12 @@ def test_same_seed_same_parameters(settings: dict[str, Any]) -> None:
 
 
 def test_parameters_in_float64(x64: None) -> None:
-    model = small(param_dtype=jnp.float64, evolve_weights=True)
-    assert all(leaf.dtype == jnp.float64 for leaf in leaves(model))
-    mixture = model.extract(3)
-    assert all(leaf.dtype == jnp.float64 for leaf in leaves(mixture))
-    assert mixture.log_prob(examples(2)).dtype == jnp.float64
+    def build_and_read() -> Any:
+        model = small(param_dtype=jnp.float64, evolve_weights=True)
+        mixture = model.mixture(GridTimes()(None, 3))
+        return model, mixture, mixture.log_prob(examples(2))
+
+    assert all(leaf.dtype == jnp.float64 for leaf in leaves(jax.eval_shape(build_and_read)))
 
 
 @pytest.mark.parametrize(
@@ -335,18 +264,10 @@ def test_extraction_of_no_times() -> None:
 
 
 def test_failed_solves_are_named() -> None:
-    exhausted = small(solver=EXHAUSTED)
-    assert int(exhausted.read(jnp.ones(1)).result) == STEPS_EXHAUSTED
-    with pytest.raises(SolverError, match="`max_steps`"):
-        exhausted.extract(3)
-    x = examples(2)
-    wild = small(num_classes=1, solver=SolverConfig(solver=diffrax.Euler(), num_steps=2))
-    wild.field.output.kernel[...] = jnp.full_like(wild.field.output.kernel[...], jnp.inf)
-    reading = wild.read(jnp.ones(1))
+    with pytest.raises(SolverError, match="used up `max_steps`"):
+        small(solver=EXHAUSTED).extract(3)
+    reading = read(wild(), jnp.ones(1))
     assert int(reading.result) == NOT_FINITE
     assert not bool(reading.ok)
     with pytest.raises(SolverError, match="infinite or NaN"):
-        wild.extract(3)
-    with pytest.raises(SolverError, match="infinite or NaN"):
-        wild.continuous_log_prob(x)
-    assert bool(jnp.all(jnp.isnan(continuous(wild, x))))  # no exception under jit
+        wild().extract(1)

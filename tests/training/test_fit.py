@@ -15,8 +15,9 @@ from flax import nnx
 
 from cpmm_jax.data.batches import batch_indices
 from cpmm_jax.errors import ConfigError, DataError, RunError
-from cpmm_jax.training.inputs import prepare
+from cpmm_jax.training.inputs import padded_size, prepare
 from cpmm_jax.training.loop import fit
+from cpmm_jax.training.step import run_block
 from tests.training.stand_in import QUICK, FreeMixture, planted, planted_log_prob, start
 
 X, Y = planted(600)
@@ -262,7 +263,39 @@ def test_bad_input_gets_one_line(
 
 def test_one_class_may_have_labels() -> None:
     model = FreeMixture(np.zeros((1, 2, 2)))
-    train, valid = prepare(model, np.float32(0), X, np.zeros(600), None, None, QUICK)
-    assert train.y.tolist() == [0] * 540
+    data = prepare(model, np.float32(0), X, np.zeros(600), None, None, QUICK)
+    train, valid = data.train, data.valid
+    assert data.num_examples == 540 and set(train.y.tolist()) == {0}
     assert valid.x.shape == (60, 2)
     assert train.x.dtype == np.float32
+
+
+def test_other_numbers_compile_nothing_anew() -> None:
+    """Neither another learning rate, nor other steps, nor another number of rows."""
+    fit(start(), X[:500], config=QUICK)
+    before = run_block._cache_size()
+    other = replace(QUICK, steps=QUICK.steps - 7, learning_rate=1e-3, seed=5, max_refused=3)
+    fit(start(), X[:431], config=replace(other, valid_fraction=0.0))
+    assert run_block._cache_size() == before
+
+
+def test_padding_rows_are_never_drawn() -> None:
+    """A batch of all examples, which takes each row once, is that of the examples alone."""
+    config = replace(QUICK, batch_size=600, valid_fraction=0.0, steps=3, report_every=1)
+    x = X[:57]
+    losses = [report["loss"] for report in fit(start(), x, config=config).history]
+    shifted = [r["loss"] for r in fit(start(), np.flip(x, axis=0).copy(), config=config).history]
+    np.testing.assert_allclose(losses, shifted, rtol=1e-5)  # the order of the rows is no matter
+    times = QUICK.time_sampler(
+        jax.random.fold_in(jax.random.split(jax.random.key(QUICK.seed))[1], 0), QUICK.num_times
+    )
+    mixture = start().read(times).mixture
+    np.testing.assert_allclose(losses[0], -mixture.log_prob(x).mean(), rtol=1e-5)
+
+
+def test_sizes_are_few_and_padding_is_small() -> None:
+    sizes = {padded_size(n) for n in range(1, 20_000, 7)}
+    assert len(sizes) <= 10
+    for n in (1, 2048, 5000, 123_456, 999_999, 2**20, 2**20 + 1):
+        assert n <= padded_size(n) <= max(2048, n + max(2048, n / 8))
+    assert padded_size(2**20 + 1) == 2**20 + 1

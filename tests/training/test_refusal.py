@@ -15,10 +15,10 @@ from flax import nnx
 
 from cpmm_jax.data.batches import batch_indices
 from cpmm_jax.errors import TrainingError
-from cpmm_jax.training.config import default_optimizer
+from cpmm_jax.training.config import default_optimizer, learning_rate_schedule
 from cpmm_jax.training.loop import fit
 from cpmm_jax.training.state import initial_state, snapshot
-from cpmm_jax.training.step import Examples, Plan, run_block
+from cpmm_jax.training.step import Examples, Plan, Settings, run_block
 from tests.training.stand_in import QUICK, FreeMixture, planted, start
 
 X, _ = planted(600)
@@ -42,13 +42,14 @@ def test_a_poisoned_batch_changes_no_bit() -> None:
     x[17, 1] = np.nan
     plan = Plan(graphdef, default_optimizer(QUICK), QUICK.time_sampler, 2, 128)
     state = initial_state(plan.optimizer, params)
-    data, key = Examples(jnp.asarray(x), None), jax.random.key(QUICK.seed)
+    data = Examples(jnp.asarray(x), None)
+    numbers = jnp.int32(540), jnp.int32(9)
+    settings = Settings(jax.random.key(QUICK.seed), *numbers, learning_rate_schedule(QUICK))
     poisoned = batches_with(17, 12)
     assert 1 < sum(poisoned) < 4
     for step in range(12):
         before = snapshot((state.params, state.opt_state))
-        bounds = jnp.int32(step + 1), jnp.int32(9)
-        state, totals = run_block(plan, state, fixed, data, key, *bounds)
+        state, totals = run_block(plan, state, fixed, data, settings, jnp.int32(step + 1))
         assert same((state.params, state.opt_state), before) == poisoned[step]
         assert int(totals.accepted) == 1 - poisoned[step]
         assert np.isfinite(float(totals.loss))

@@ -1,0 +1,85 @@
+"""The light file against the model that it came from, and against scikit-learn.
+
+    .venv/bin/python -m benchmarks.inference
+
+A labelled model of the demo's size (D = 64, 10 classes of 16 components of rank 12) scores the
+digits: from the light file by NumPy, from the extracted mixture by JAX, and from the model, which
+solves its ODE anew. scikit-learn's full-covariance GaussianMixture has as many components.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+import cpmm_jax as cpmm
+from benchmarks.timing import interleave
+from cpmm_jax import artifact
+from cpmm_jax.dynamics.trajectory import GridTimes
+
+DIM, CLASSES, TIMES, RANK = 64, 10, 16, 12
+
+
+@jax.jit
+def from_model(model: cpmm.CPMM, x: jax.Array) -> jax.Array:
+    return model.mixture(GridTimes()(None, TIMES)).log_prob(x)
+
+
+@jax.jit
+def from_mixture(mixture: cpmm.HierarchicalMFA, x: jax.Array) -> jax.Array:
+    return mixture.log_prob(x)
+
+
+def gaussian_mixture(light: artifact.Mixture):
+    """Return a scikit-learn GaussianMixture with the components of a light mixture."""
+    from sklearn.mixture import GaussianMixture
+
+    means = light.means.reshape(-1, DIM).astype(np.float64)
+    loadings = light.loadings.reshape(-1, DIM, RANK).astype(np.float64)
+    noise = np.exp(light.log_noise.reshape(-1, DIM).astype(np.float64))
+    covariances = loadings @ loadings.transpose(0, 2, 1)
+    covariances[:, np.arange(DIM), np.arange(DIM)] += noise
+    peer = GaussianMixture(len(means), covariance_type="full")
+    peer.weights_ = np.full(len(means), 1.0 / len(means))
+    peer.means_, peer.covariances_ = means, covariances
+    peer.precisions_cholesky_ = np.linalg.inv(np.linalg.cholesky(covariances)).transpose(0, 2, 1)
+    return peer
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    model = cpmm.CPMM(DIM, RANK, CLASSES, widths=(256, 256), rngs=nnx.Rngs(0))
+    mixture = model.extract(TIMES)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mixture.npz"
+        cpmm.save_mixture(path, mixture)
+        kilobytes = path.stat().st_size / 1024
+        start = time.perf_counter()
+        light = artifact.load(path)
+        light.log_prob(np.zeros((1, DIM)))
+        loading = time.perf_counter() - start
+    print(f"light file: {kilobytes:.0f} KiB, read and ready in {1e3 * loading:.1f} ms")
+    peer = gaussian_mixture(light)
+    for n in (1, 450, 10_000):
+        x = rng.standard_normal((n, DIM)).astype(np.float32)
+        cases = {
+            "light file (NumPy, float64)": lambda x=x: light.log_prob(x),
+            "extracted mixture (JAX, jitted)": lambda x=x: from_mixture(mixture, x),
+            "model (solves its ODE, jitted)": lambda x=x: from_model(model, x),
+            "scikit-learn, full covariance": lambda x=x: peer.score_samples(x),
+        }
+        results = [np.asarray(case()) for case in cases.values()]
+        for result in results[1:]:
+            np.testing.assert_allclose(result, results[0], rtol=1e-4)
+        print(f"log p of {n} example(s):")
+        for name, timing in interleave(cases).items():
+            print(f"  {name:34s}{timing}")
+
+
+if __name__ == "__main__":
+    main()

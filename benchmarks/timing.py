@@ -1,0 +1,66 @@
+"""Timings side by side: interleaved, awaited, medians with their spread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median, and the quartiles about it."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        unit, scale = ("ms", 1e3) if self.median >= 1e-3 else ("us", 1e6)
+        low, middle, high = (f"{scale * s:.3g}" for s in (self.low, self.median, self.high))
+        return f"{middle} {unit} ({low}..{high})"
+
+
+def await_result(value: Any) -> Any:
+    """Wait for JAX's asynchronous results; anything else is there already."""
+    wait = getattr(value, "block_until_ready", None)
+    if wait is not None:
+        wait()
+    elif isinstance(value, tuple | list | dict) or hasattr(value, "__dataclass_fields__"):
+        import jax
+
+        jax.block_until_ready(value)
+    return value
+
+
+def interleave(
+    cases: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, least: int = 5
+) -> dict[str, Timing]:
+    """Time zero-argument callables, one call of each in turn, so that all see the same machine.
+
+    Args:
+        cases: what to time, by name; each is called once before, to compile and to warm up.
+        seconds: time to spend on each case, about.
+        least: fewest calls of each.
+
+    Returns:
+        The timing of each, by name.
+    """
+    for case in cases.values():
+        await_result(case())
+    began = time.perf_counter()
+    spent: dict[str, list[float]] = {name: [] for name in cases}
+    rounds = 0
+    while rounds < least or time.perf_counter() - began < seconds * len(cases):
+        for name, case in cases.items():
+            start = time.perf_counter()
+            await_result(case())
+            spent[name].append(time.perf_counter() - start)
+        rounds += 1
+    return {
+        name: Timing(*(float(np.quantile(values, q)) for q in (0.5, 0.25, 0.75)))
+        for name, values in spent.items()
+    }
