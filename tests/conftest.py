@@ -15,6 +15,8 @@ _SHARE = max(1, (os.cpu_count() or 1) // _WORKERS)
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, str(_SHARE))
 os.environ.setdefault("PJRT_NPROC", str(max(2, _SHARE)))
+# Cutting every program up for many compiling threads costs a tenth more work than it saves here.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_parallel_codegen_split_count=1")
 # The accelerator is used when asked for: JAX_PLATFORMS=cuda make test.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")

@@ -11,7 +11,8 @@ import pytest
 
 from cpmm_jax.cli import main
 
-SMALL = ["--steps", "20", "--trajectories", "2", "--components", "4", "--rank", "1"]
+# The batch is smaller than the table: the refit on more rows is then the same compiled program.
+SETTINGS = ["--steps", "20", "--components", "4", "--rank", "1", "--batch-size", "16", "--quiet"]
 
 
 class Answer(NamedTuple):
@@ -56,6 +57,5 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a labelled run on the table."""
     folder = tmp_path_factory.mktemp("runs") / "trees"
-    settings = ["--steps", "20", "--components", "4", "--rank", "1", "--quiet"]
-    assert main(["fit", str(table), "--label", "kind", "--out", str(folder), *settings]) == 0
+    assert main(["fit", str(table), "--label", "kind", "--out", str(folder), *SETTINGS]) == 0
     return folder

@@ -125,7 +125,7 @@ def test_constant_and_duplicated_columns_are_warned_of(tmp_path: Path, cpmm: Cpm
     np.save(tmp_path / "data.npy", np.stack(columns, axis=1))
     answer = cpmm(
         *("fit", tmp_path / "data.npy", "--out", tmp_path / "run", "--steps", 2),
-        *("--components", 2, "--rank", 1, "--quiet"),
+        *("--components", 2, "--rank", 1, "--batch-size", 16, "--quiet"),
     )
     assert answer.code == 0, answer.err
     assert "warning: 1 of 4 columns are constant (column 1)" in answer.err

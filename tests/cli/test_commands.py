@@ -13,7 +13,7 @@ import pytest
 
 from cpmm_jax import __version__, artifact
 from cpmm_jax.run import open_run, read_examples
-from tests.cli.conftest import Cpmm, write_table
+from tests.cli.conftest import SETTINGS, Cpmm, write_table
 
 
 def test_fit_leaves_a_run(run: Path) -> None:
@@ -104,9 +104,9 @@ def test_overwrite_replaces_run_and_file(
     run: Path, table: Path, cpmm: Cpmm, tmp_path: Path
 ) -> None:
     folder = tmp_path / "again"
-    settings = ["--label", "kind", "--steps", 20, "--components", 4, "--rank", 1, "--quiet"]
     for extra in ([], ["--overwrite"]):
-        assert cpmm("fit", table, "--out", folder, *settings, *extra).code == 0
+        answer = cpmm("fit", table, "--label", "kind", "--out", folder, *SETTINGS, *extra)
+        assert answer.code == 0
     # same seed, same machine: identical
     assert (folder / "mixture.npz").read_bytes() == (run / "mixture.npz").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["again"]

@@ -29,7 +29,7 @@ def test_cholesky_and_inverse_match_numpy_in_batches(rng, rank, x64):
 
 def test_cholesky_in_float32(rng):
     matrices = positive_definite(rng, 300, rank=4).astype(np.float32)
-    factor, inverse = jax.vmap(linalg.cholesky_and_inverse)(jnp.asarray(matrices))
+    factor, inverse = jax.jit(jax.vmap(linalg.cholesky_and_inverse))(jnp.asarray(matrices))
     assert factor.dtype == inverse.dtype == jnp.float32
     np.testing.assert_allclose(factor, np.linalg.cholesky(matrices), rtol=2e-4, atol=1e-5)
 
@@ -48,7 +48,7 @@ def test_cholesky_derivative_matches_finite_differences(rng, rank, x64):
 def test_log_prob_matches_scipy(rng, dim, rank, x64):
     mean, loadings = rng.normal(size=dim), rng.normal(size=(dim, rank))
     log_noise, x = rng.normal(size=dim), rng.normal(size=(6, dim))
-    got = linalg.log_prob(*map(jnp.asarray, (x, mean, loadings, log_noise)))
+    got = jax.jit(linalg.log_prob)(*map(jnp.asarray, (x, mean, loadings, log_noise)))
     covariance = loadings @ loadings.T + np.diag(np.exp(log_noise))
     expected = scipy.stats.multivariate_normal(mean, covariance).logpdf(x)
     np.testing.assert_allclose(got, expected, rtol=1e-10)

@@ -157,9 +157,9 @@ def test_condition_where_float32_cannot_factorise(rng, dense):
     x = np.asarray(mixture.sample(jax.random.key(0), 8))
     seen, rest = np.array([0, 1, 2, 3]), np.array([4, 5])
     covariances, means = dense.covariances(mixture), np.asarray(mixture.means, np.float64)
-    condition = jax.jit(lambda values: mixture.condition(seen, values))
+    condition = jax.jit(lambda mixture, values: mixture.condition(seen, values))
     for row in x[:4]:
-        got = condition(row[seen])
+        got = condition(mixture, row[seen])
         for k in range(3):
             gain = np.linalg.solve(
                 covariances[k][np.ix_(seen, seen)], covariances[k][np.ix_(seen, rest)]

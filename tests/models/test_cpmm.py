@@ -40,12 +40,15 @@ NAMES = {  # as checkpoints name them
 }
 
 
+ENDS = np.array([0.0, 1.0], np.float32)  # most tests read here, by one compiled program
+
+
 @jax.jit
 def read(model: CPMM, times: Array) -> Reading:
     return model.read(times)
 
 
-@pytest.mark.parametrize(("dim", "rank", "num_times"), [(1, 1, 4), (3, 0, 1), (3, 1, 5), (3, 3, 5)])
+@pytest.mark.parametrize(("dim", "rank", "num_times"), [(1, 1, 4), (3, 0, 1), (3, 3, 5)])
 def test_shapes(dim: int, rank: int, num_times: int) -> None:
     model = CPMM(dim, rank, 2, 2, widths=(8,), solver=QUICK, rngs=nnx.Rngs(0))
     mixture = model.extract(num_times)
@@ -61,7 +64,7 @@ def test_shapes(dim: int, rank: int, num_times: int) -> None:
 
 
 def test_reading_reports_steps_and_success() -> None:
-    reading = read(small(), jnp.array([0.2, 0.9]))
+    reading = read(small(), ENDS)
     assert int(reading.num_steps) == 8
     assert bool(reading.ok)
 
@@ -88,7 +91,7 @@ def test_extraction_has_any_number_of_times() -> None:
     assert errors[1] < 0.05
 
 
-@pytest.mark.parametrize("dim", [2, 16, 64])
+@pytest.mark.parametrize("dim", [2, 64])
 def test_untrained_trajectories_cross_standardised_data(dim: int) -> None:
     @jax.jit
     def mean_path(key: Array) -> Array:
@@ -102,27 +105,27 @@ def test_untrained_trajectories_cross_standardised_data(dim: int) -> None:
 
 
 def test_zero_output_starts_at_rest() -> None:
-    components = small(output_scale=0.0).extract(4).components
-    by_time = components.means.reshape(2, 3, 4, 2)
-    np.testing.assert_allclose(by_time, jnp.repeat(by_time[:, :, :1], 4, axis=2), rtol=1e-5)
+    for leaf in leaves(read(small(output_scale=0.0), ENDS).mixture.components):
+        np.testing.assert_allclose(leaf[:, ::2], leaf[:, 1::2], rtol=1e-5)
+    moving = read(small(), ENDS).mixture.components.means
+    assert float(np.min(np.abs(moving[:, ::2] - moving[:, 1::2]))) > 1e-4
 
 
 def test_starts_at_given_means_with_given_noise() -> None:
     centres = np.arange(12.0).reshape(2, 3, 2) - 5.0
     model = small(initial_means=centres, initial_noise=0.04, noise_floor=1e-6)
-    first = jax.tree.map(
-        lambda leaf: leaf.reshape(2, 3, 500, -1)[:, :, 0], model.extract(500).components
-    )
-    np.testing.assert_allclose(first.means, centres, atol=0.02)
-    np.testing.assert_allclose(jnp.exp(first.log_noise), np.full((2, 3, 2), 0.04), rtol=0.02)
+    components = read(model, ENDS).mixture.components
+    np.testing.assert_allclose(components.means[:, ::2], centres, rtol=1e-5)
+    noise = np.exp(components.log_noise[:, ::2])
+    np.testing.assert_allclose(noise, np.full((2, 3, 2), 0.04 + 1e-6), rtol=1e-5)
 
 
 @pytest.mark.parametrize("floor", [1e-2, np.array([1e-3, 4.0])])
 def test_noise_floor_bounds_every_variance(floor: Any) -> None:
     model = small(noise_floor=floor, initial_noise=1e-8)
-    noise = jnp.exp(model.extract(16).components.log_noise)
-    assert bool(jnp.all(noise >= 0.999 * np.broadcast_to(floor, (1, 1, 2))))
-    assert float(jnp.min(noise[..., 0])) < 2e-2
+    noise = np.exp(read(model, ENDS).mixture.components.log_noise)
+    assert (noise >= 0.999 * np.broadcast_to(floor, (1, 1, 2))).all()
+    assert noise[..., 0].min() < 2e-2
 
 
 def test_weights_are_constant_along_a_trajectory_unless_they_evolve() -> None:
@@ -138,15 +141,15 @@ def test_weights_are_constant_along_a_trajectory_unless_they_evolve() -> None:
 
 
 def test_augmented_channels_matter_but_are_no_part_of_the_mixture() -> None:
-    model, other, ends = small(), small(), jnp.array([0.0, 1.0])
+    model, other = small(), small()
     assert model.augmented[...].shape == (2, 3, 4)
     other.augmented[...] = model.augmented[...] + 1.0
-    one, two = (read(each, ends).mixture.components.means for each in (model, other))
+    one, two = (read(each, ENDS).mixture.components.means for each in (model, other))
     np.testing.assert_array_equal(one[:, ::2], two[:, ::2])
     assert float(np.min(np.abs(one - two)[:, 1::2])) > 1e-4
     none = small(augmented=0)
     assert none.augmented[...].shape == (2, 3, 0)
-    chex.assert_tree_all_finite(none.extract(2))
+    chex.assert_tree_all_finite(read(none, ENDS))
 
 
 LEARNED = ("field", "means", "loadings", "log_noise", "augmented", "trajectory_logits")
@@ -160,49 +163,49 @@ def test_classes_have_fields_of_their_own() -> None:
     assert bool(jnp.all(kernel[0] != kernel[1]))
     for name in LEARNED:
         for number in range(len(leaves(getattr(model, name)))):
-            moved = _moves(model, name, number, lambda leaf: leaf.at[1].add(0.5))
-            assert moved == [False, True], (name, number)
+            assert _moves(model, name, number, 1) == [False, True], (name, number)
 
 
 def test_classes_share_a_field_by_default() -> None:
     model = small()
     for number in range(len(leaves(model.field))):
-        assert _moves(model, "field", number, lambda leaf: leaf + 0.5) == [True, True]
+        assert _moves(model, "field", number, slice(None)) == [True, True]
     for name in LEARNED[1:]:
-        assert _moves(model, name, 0, lambda leaf: leaf.at[1].add(0.5)) == [False, True], name
+        assert _moves(model, name, 0, 1) == [False, True], name
 
 
-def _moves(model: CPMM, name: str, number: int, change: Any) -> list[bool]:
-    """Say of each class whether changing one array changes its components."""
-    times = jnp.array([0.2, 0.9])
+def _moves(model: CPMM, name: str, number: int, part: Any) -> list[bool]:
+    """Say of each class whether changing a part of one array changes its components."""
     other = jax.tree.map(lambda leaf: leaf, model)
     arrays = jax.tree.leaves(getattr(other, name), is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
-    arrays[number][...] = change(arrays[number][...])
-    mixtures = (read(each, times).mixture for each in (model, other))
+    changed = np.array(arrays[number][...])
+    changed[part] += 0.5
+    arrays[number][...] = jnp.asarray(changed)
+    mixtures = (read(each, ENDS).mixture for each in (model, other))
     pairs = list(zip(*(leaves(mixture.components) for mixture in mixtures), strict=True))
     return [any(not np.array_equal(a[c], b[c]) for a, b in pairs) for c in range(2)]
 
 
 def test_model_is_a_plain_pytree() -> None:
-    x, times = examples(4), GridTimes()(None, 3)
+    times = GridTimes()(None, 3)
 
     @jax.jit
     @chex.assert_max_traces(n=1)
-    def value(model: CPMM, times: Array) -> Array:
-        return model.mixture(times).log_prob(x)
+    def mixture(model: CPMM) -> HierarchicalMFA:
+        return model.mixture(times)
 
     models = [small(seed) for seed in range(3)]
     assert len({jax.tree.structure(model) for model in models}) == 1
-    one_by_one = [value(model, times) for model in models]  # traced once
-    value(jax.tree.map(lambda leaf: 0.5 * leaf, models[0]), times)
-    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *models)
-    many = jax.jit(jax.vmap(lambda model: model.mixture(times).log_prob(x)))(stacked)
-    np.testing.assert_allclose(many, jnp.stack(one_by_one), rtol=1e-4)
+    one_by_one = [mixture(model) for model in models]  # traced once
+    mixture(jax.tree.map(lambda leaf: 0.5 * leaf, models[0]))
+    stacked = jax.tree.map(lambda *parts: np.stack(parts), *models)
+    many = jax.jit(jax.vmap(lambda model: model.mixture(times)))(stacked)
+    expected = jax.tree.map(lambda *parts: np.stack(parts), *one_by_one)
+    chex.assert_trees_all_close(many, expected, rtol=1e-4, atol=1e-5)
     assert jax.tree.structure(small(solver=replace(QUICK, num_steps=4))) != jax.tree.structure(
         models[0]
     )
-    extracted = log_prob(models[1].extract(3), x)
-    np.testing.assert_allclose(value(models[1], times), extracted, rtol=1e-5)
+    chex.assert_trees_all_close(one_by_one[1], models[1].extract(3), rtol=1e-5, atol=1e-6)
 
 
 def test_names_in_a_checkpoint_are_plain() -> None:
