@@ -37,13 +37,13 @@ def await_result(value: Any) -> Any:
 
 
 def interleave(
-    cases: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, least: int = 5
+    cases: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, least: int = 3
 ) -> dict[str, Timing]:
     """Time zero-argument callables, one call of each in turn, so that all see the same machine.
 
     Args:
         cases: what to time, by name; each is called once before, to compile and to warm up.
-        seconds: time to spend on each case, about.
+        seconds: time to spend on each case, about; one that has had it drops out.
         least: fewest calls of each.
 
     Returns:
@@ -51,15 +51,14 @@ def interleave(
     """
     for case in cases.values():
         await_result(case())
-    began = time.perf_counter()
     spent: dict[str, list[float]] = {name: [] for name in cases}
-    rounds = 0
-    while rounds < least or time.perf_counter() - began < seconds * len(cases):
-        for name, case in cases.items():
+    going = list(cases)
+    while going:
+        for name in going:
             start = time.perf_counter()
-            await_result(case())
+            await_result(cases[name]())
             spent[name].append(time.perf_counter() - start)
-        rounds += 1
+        going = [n for n in going if len(spent[n]) < least or sum(spent[n]) < seconds]
     return {
         name: Timing(*(float(np.quantile(values, q)) for q in (0.5, 0.25, 0.75)))
         for name, values in spent.items()

@@ -1,7 +1,9 @@
 """Figures of a mixture; functions draw on axes and return them, and matplotlib is loaded lazily.
 
 Everything is drawn from the light `artifact.Mixture`: no network is needed to look at a model. Its
-`extra["num_times"]`, where stored, says how many consecutive components form one trajectory.
+`extra["num_times"]` and `extra["num_trajectories"]`, where stored, say how many consecutive
+components form one trajectory, and how many trajectories come before the twins (see
+`MFA.with_tails`).
 """
 
 from __future__ import annotations
@@ -48,8 +50,12 @@ def num_times(mixture: Mixture) -> int:
 
 
 def _by_trajectory(mixture: Mixture, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Reshape (C, K, ...) to (C * S, T, ...)."""
-    return values.reshape(-1, num_times(mixture), *values.shape[2:])
+    """Reshape (C, K, ...) to (C * S, T, ...), without twins."""
+    times = num_times(mixture)
+    trajectories = mixture.extra.get("num_trajectories")
+    if not (isinstance(trajectories, int) and 0 < trajectories * times <= mixture.num_components):
+        trajectories = mixture.num_components // times
+    return values[:, : trajectories * times].reshape(-1, times, *values.shape[2:])
 
 
 def _covariances(mixture: Mixture, basis: npt.NDArray[Any]) -> npt.NDArray[Any]:

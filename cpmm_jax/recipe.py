@@ -23,6 +23,7 @@ from cpmm_jax.models.cpmm import CPMM
 from cpmm_jax.training.config import TrainConfig
 from cpmm_jax.training.loop import FitResult, fit
 
+TAIL_NOISE = 0.1  # of a column's variance, which is 1 in the units of the model
 REFIT_BELOW = 5000  # rows under which a validation part is too much to leave out of the fit
 
 
@@ -38,6 +39,8 @@ class Recipe:
         train_times: pseudotimes drawn in a training step; fewer where rows are scarce, as a
             regulariser.
         rank: factors of a component, R.
+        tails: probability of the broad twin that every component is given after training (see
+            `MFA.with_tails`); 0 for none.
         widths: hidden units of the field.
         steps: training steps.
         batch_size: examples in a step.
@@ -53,6 +56,7 @@ class Recipe:
     num_times: int
     train_times: int
     rank: int
+    tails: float
     widths: tuple[int, ...]
     steps: int
     batch_size: int
@@ -63,7 +67,7 @@ class Recipe:
 
     @property
     def num_components(self) -> int:
-        """Components of the extracted mixture, C S T."""
+        """Components read off the trajectories, C S T; their twins are not counted."""
         return self.num_classes * self.num_trajectories * self.num_times
 
 
@@ -85,14 +89,14 @@ def recommend(
 
     Where rows are plentiful for the number of features, many short trajectories fit best; where
     they are scarce, few long ones with more factors do, since the shared field keeps them from
-    overfitting.
+    overfitting, and their components are given tails.
 
     Args:
         num_examples: training rows, N.
         dim: features, D.
         num_classes: classes of the labels, C (used when `labelled`).
         labelled: whether labels are trained on.
-        components: components of the extracted mixture in total.
+        components: components read off the trajectories in total.
         trajectories: trajectories per class; without labels, in all.
         rank: factors, R.
         steps: training steps.
@@ -143,6 +147,7 @@ def recommend(
         num_times=times,
         train_times=_default_train_times(rows, dim, times),
         rank=_default_rank(rows, dim) if rank is None else rank,
+        tails=0.1 if _few(rows, dim) else 0.0,
         widths=(128, 128) if dim < 16 else (256, 256),
         steps=(1500 if _few(rows, dim) else 3000) if steps is None else steps,
         batch_size=256 if batch_size is None else batch_size,
@@ -205,8 +210,10 @@ class FittedMixture:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that the extracted mixture holds (the network is not among them)."""
-        return sum(int(leaf.size) for leaf in jax.tree.leaves(self.mixture))
+        """Numbers that make up the mixture: neither the network, nor twins, which follow."""
+        components = sum(leaf.size for leaf in jax.tree.leaves(self.mixture.components))
+        twins = 2 if self.recipe.tails else 1
+        return int(self.mixture.class_logits.size + components // twins)
 
 
 def fit_mixture(
@@ -266,6 +273,8 @@ def fit_mixture(
         final = replace(config, steps=result.best_step, valid_fraction=0.0, patience=None)
         model = fit(build_model(z, y, floor, recipe), z, y, config=final, progress=progress).model
     extracted: Any = model.extract(recipe.num_times)
+    if recipe.tails:
+        extracted = extracted.with_tails(TAIL_NOISE, recipe.tails)
     return FittedMixture(
         mixture=extracted.affine(standardizer.scale, standardizer.shift),
         model=model,

@@ -233,7 +233,10 @@ def fit_run(
             class_names=data.class_names if source.labels else None,
             feature_names=data.feature_names,
             event_shape=data.event_shape,
-            extra={"num_times": recipe.num_times},
+            extra={
+                "num_times": recipe.num_times,
+                "num_trajectories": recipe.num_trajectories,
+            },
         )
         mixture = artifact.load(folder / "mixture.npz")
         scores = evaluate(mixture, data.x_test, data.y_test, supervised=source.labels)

@@ -71,6 +71,11 @@ def test_components_divide_into_trajectories() -> None:
     assert plotting.num_times(mixture(K=6, extra={"num_times": 4})) == 6  # does not divide
     ax = plotting.plot_components(mixture(C=2, K=6, extra={"num_times": 3}))
     assert len(ax.lines) == 4  # 2 classes of 2 trajectories
+    with_twins = {"num_times": 3, "num_trajectories": 1}
+    ax = plotting.plot_components(mixture(C=2, K=6, extra=with_twins))
+    assert len(ax.lines) == 2
+    ax = plotting.plot_components(mixture(C=2, K=6, extra={"num_times": 3, "num_trajectories": 9}))
+    assert len(ax.lines) == 4  # more than there are: not ours
 
 
 def test_images_stand_where_they_belong() -> None:

@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from cpmm_jax.errors import ConfigError
 from cpmm_jax.mixture import linalg
@@ -68,10 +67,12 @@ def _matrix_product_form(
     squares = jnp.concatenate([a * a, a], axis=1)
     quadratic = squares @ jnp.concatenate([factors.precision, -2.0 * linear], axis=1).T + b_square
     if rank:
-        shift = jnp.sum(factors.projection * b[:, None, :], axis=-1)
-        projected = a @ factors.projection.reshape(-1, dim).T
-        projected = projected.reshape(*a.shape[:1], *shift.shape) - shift[None]
-        correction = jnp.sum(projected * projected, axis=-1)
+        # Factors before components: the sum of squares then runs over whole rows of K numbers.
+        projection = jnp.moveaxis(factors.projection, 1, 0)
+        shift = jnp.sum(projection * b[None], axis=-1)
+        projected = a @ projection.reshape(-1, dim).T
+        projected = projected.reshape(-1, *shift.shape) - shift[None]
+        correction = jnp.sum(projected * projected, axis=1)
     else:
         correction = jnp.zeros_like(quadratic)
     constant = (log_weights - 0.5 * (factors.log_det + dim * linalg.LOG_TWO_PI))[None, :]
@@ -90,40 +91,48 @@ def _residual_form(x: Float[Array, "N D"], components: Components) -> Float[Arra
     return linalg.in_float64(evaluate)(x, components)  # type: ignore[no-any-return]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _refine(
-    fast: Float[Array, "N K"],
-    magnitude: Float[Array, "N K"],
-    x: Float[Array, "N D"],
-    components: Components,
-    num_sums: int,
-) -> Float[Array, "N K"]:
-    """Replace the block by its residual form where rounding may have spoiled it."""
+def _is_spoiled(
+    fast: Float[Array, "N K"], magnitude: Float[Array, "N K"], num_sums: int
+) -> Bool[Array, ""]:
+    """Tell whether rounding may have spoiled a value that matters to one of the sums."""
     grouped = fast.reshape(fast.shape[0], num_sums, fast.shape[1] // num_sums)
     best = jnp.max(grouped, axis=-1, keepdims=True)
     relevant = ~(grouped < best - RELEVANCE)  # also where an overflow made both infinite or NaN
     error = float(jnp.finfo(fast.dtype).eps) * magnitude.reshape(grouped.shape)
     excessive = ~(error <= RELATIVE_ERROR * jnp.maximum(1.0, jnp.abs(best)))
+    return jnp.any(relevant & excessive)
+
+
+@jax.custom_jvp
+def _restored(
+    fast: Float[Array, "N K"], x: Float[Array, "N D"], components: Components
+) -> Float[Array, "N K"]:
+    """Return the residual form, with the derivatives of the matrix-product form `fast`."""
+    return _residual_form(x, components)
+
+
+@_restored.defjvp
+def _restored_jvp(primals, tangents):  # type: ignore[no-untyped-def]
+    return _restored(*primals), tangents[0]
+
+
+def _reduce_block(
+    reduce: Callable[[Float[Array, "N K"]], Any],
+    x: Float[Array, "N D"],
+    components: Components,
+    factors: linalg.Factors,
+    num_sums: int,
+) -> Any:
+    fast, magnitude = _matrix_product_form(x, components, factors)
+    # The reduction is inside the branches: N x K numbers that leave a branch would be copied.
     return jax.lax.cond(
-        jnp.any(relevant & excessive),
-        lambda fast, x, components: _residual_form(x, components),
-        lambda fast, x, components: fast,
+        _is_spoiled(*jax.lax.stop_gradient((fast, magnitude)), num_sums),
+        lambda fast, x, components: reduce(_restored(fast, x, components)),
+        lambda fast, x, components: reduce(fast),
         fast,
         x,
         components,
     )
-
-
-@_refine.defjvp
-def _refine_jvp(num_sums, primals, tangents):  # type: ignore[no-untyped-def]
-    return _refine(*primals, num_sums), tangents[0]
-
-
-def _block_log_prob(
-    x: Float[Array, "N D"], components: Components, factors: linalg.Factors, num_sums: int
-) -> Float[Array, "N K"]:
-    fast, magnitude = _matrix_product_form(x, components, factors)
-    return _refine(fast, jax.lax.stop_gradient(magnitude), x, components, num_sums)
 
 
 def block_size(
@@ -204,7 +213,7 @@ def reduce_log_prob(
     factors = jax.vmap(linalg.factorise)(components.loadings, components.log_noise)
     with jax.default_matmul_precision("float32"):
         return map_blocks(
-            lambda block: reduce(_block_log_prob(block, components, factors, num_sums)),
+            lambda block: _reduce_block(reduce, block, components, factors, num_sums),
             x.astype(dtype),
             size,
         )

@@ -101,6 +101,10 @@ class HierarchicalMFA:
         """Return the mixture of x * scale + shift when x follows this one (see `MFA.affine`)."""
         return HierarchicalMFA(self.class_logits, self.components.affine(scale, shift))
 
+    def with_tails(self, noise: Float[ArrayLike, "*D"], weight: float) -> HierarchicalMFA:
+        """Give every component a broad twin within its class (see `MFA.with_tails`)."""
+        return HierarchicalMFA(self.class_logits, self.components.with_tails(noise, weight))
+
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _class_log_prob(flat: MFA, x: Array, num_classes: int, chunk_size: int | None) -> Array:

@@ -155,6 +155,14 @@ def test_any_leading_axes(mixture, method):
         assert jax.eval_shape(function, jnp.zeros((*leading, D))).shape == (*leading, *shape)
 
 
+def test_tails_stay_within_the_class(mixture, x):
+    both = mixture.with_tails(2.0, 0.3)
+    assert both.num_classes == C and both.num_components == 2 * K
+    for c in range(C):
+        expected = mixture.class_mixture(c).with_tails(2.0, 0.3).log_prob(x)
+        np.testing.assert_allclose(both.class_mixture(c).log_prob(x), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

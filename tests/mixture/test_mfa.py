@@ -189,6 +189,22 @@ def test_affine_is_the_change_of_variables(rng, dim, rank, make_mixture, dense):
     np.testing.assert_allclose(moved.covariance(), covariance, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("noise", [4.0, np.array([1.0, 2.0, 3.0])])
+def test_tails_are_a_mixture_of_each_component_and_its_broad_twin(rng, make_mixture, dense, noise):
+    mixture = make_mixture(rng, 3, dim=3, rank=2)
+    both = mixture.with_tails(noise, 0.2)
+    assert both.num_components == 6
+    broad = mixture.replace(log_noise=jnp.log(np.exp(mixture.log_noise) + noise))
+    x = 3.0 * rng.normal(size=(30, 3)).astype(np.float32)
+    expected = np.logaddexp(
+        np.log(0.8) + dense.log_prob(mixture, x), np.log(0.2) + dense.log_prob(broad, x)
+    )
+    assert dense.relative_error(both.log_prob(x), expected) <= 1e-5
+    np.testing.assert_allclose(both.mean(), mixture.mean(), rtol=1e-5, atol=1e-6)
+    added = 0.2 * np.diag(np.broadcast_to(noise, 3))
+    np.testing.assert_allclose(both.covariance(), mixture.covariance() + added, rtol=1e-4)
+
+
 def parts(**shapes):
     expected = {"logits": (3,), "means": (3, 4), "loadings": (3, 4, 2), "log_noise": (3, 4)}
     return MFA(**{name: jnp.zeros(shape) for name, shape in (expected | shapes).items()})
@@ -216,6 +232,10 @@ def parts(**shapes):
         (lambda: parts().condition(range(4), jnp.zeros(4)), ConfigError, "`indices` must leave"),
         (lambda: parts().affine(jnp.ones(3), jnp.ones(4)), ConfigError, "`scale` .* \\(3,\\)"),
         (lambda: parts().affine(jnp.ones(4), 1.0), ConfigError, "`shift` .* \\(\\)"),
+        (lambda: parts().with_tails(1.0, 0.0), ConfigError, "`weight` must be .* got 0.0"),
+        (lambda: parts().with_tails(1.0, 1.0), ConfigError, "`weight` must be .* got 1.0"),
+        (lambda: parts().with_tails(jnp.ones(3), 0.1), ConfigError, "`noise` .* D = 4.*\\(3,\\)"),
+        (lambda: parts().with_tails(-1.0, 0.1), ConfigError, "`noise` .* smallest -1"),
     ],
 )
 def test_wrong_shapes_get_one_line(call, error, message):
