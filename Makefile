@@ -12,10 +12,10 @@ CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python)
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test lint format bench bench-full clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 venv: $(STAMP) ## create .venv and install what is needed (the other targets do so too)
 
@@ -51,6 +51,12 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(STAMP) ## benchmarks, short form; peers: .venv/bin/pip install -e '.[bench]'
+	$(BIN)/python -m benchmarks
+
+bench-full: $(STAMP) ## benchmarks at all sizes; writes benchmarks/README.md
+	$(BIN)/python -m benchmarks --full
 
 format: $(STAMP) ## put the code into ruff's format, with what ruff can mend by itself
 	$(BIN)/ruff check --fix-only .

@@ -7,6 +7,7 @@ shows where); 2 the command line itself is wrong.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import secrets
 import shutil
@@ -24,12 +25,13 @@ from cpmm_jax import __version__
 from cpmm_jax.data.builtin import BUILTIN_NAMES
 from cpmm_jax.data.checks import show_path
 from cpmm_jax.data.readers import FILE_KINDS
-from cpmm_jax.errors import CpmmError, DataWarning, RunError
+from cpmm_jax.errors import ConfigError, CpmmError, DataWarning, RunError
 from cpmm_jax.evaluate import evaluate
 from cpmm_jax.run import Run, Source, fit_run, open_run, read_examples
 
 _DATA_HELP = f"a built-in name ({', '.join(BUILTIN_NAMES)}) or the path of an {FILE_KINDS}"
 _OUT_KINDS = (".csv", ".npz")
+_CALLS = "function_evaluations"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -107,7 +109,10 @@ def build_parser() -> argparse.ArgumentParser:
     sample = command("sample", _sample, "Draw examples from the mixture of a run.")
     plot = command("plot", _plot, "Draw the figures of a run into RUN/figures.")
     export = command("export", _export, "Write the mixture file, which NumPy alone reads.")
-    for sub in (score, predict, sample, plot, export):
+    bench = command(
+        "bench-solvers", _bench_solvers, "Time ODE solvers on the model of a run; recommend one."
+    )
+    for sub in (score, predict, sample, plot, export, bench):
         sub.add_argument("folder", metavar="RUN", help="the folder of a finished run")
     for sub in (score, predict):
         sub.add_argument("data", metavar="DATA", help=_DATA_HELP)
@@ -117,14 +122,44 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("-n", type=_at_least(1), default=1000, metavar="N", help="default: 1000")
     sample.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="default: 0")
     export.add_argument("out", metavar="FILE", help="the .npz to write")
-    for sub in (predict, sample, export):
+    bench.add_argument("--out", metavar="FILE", help="the .json to write the figures into as well")
+    bench.add_argument(
+        "--seconds", type=_rate, default=120.0, metavar="S", help="time limit; default: 120"
+    )
+    bench.add_argument(
+        "--tolerance",
+        type=_rate,
+        default=0.01,
+        metavar="E",
+        help="largest relative error of trajectory and gradient; default: 0.01",
+    )
+    for sub in (predict, sample, export, bench):
         sub.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     return parser
+
+
+def compilation_cache(folder: str | os.PathLike[str] | None = None) -> dict[str, str]:
+    """Return the environment that makes JAX keep its compiled programs in a folder.
+
+    Args:
+        folder: where; by default `cpmm_jax` in the user's cache folder.
+    """
+    if folder is None:
+        from platformdirs import user_cache_path
+
+        folder = user_cache_path("cpmm_jax", appauthor=False)
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # bytes; what was used least goes first
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     arguments = build_parser().parse_args(argv)
+    for name, value in compilation_cache().items():  # JAX reads them when it is first imported
+        os.environ.setdefault(name, value)
     with warnings.catch_warnings():
         warnings.simplefilter("always", DataWarning)
         warnings.showwarning = _show_warning
@@ -234,6 +269,64 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"The mixture is in {arguments.out}. Read it with cpmm_jax.artifact.load: NumPy alone.")
 
 
+def _bench_solvers(arguments: argparse.Namespace) -> None:
+    run = open_run(arguments.folder)
+    if arguments.out is not None:  # now, not after minutes
+        if Path(arguments.out).suffix != ".json":
+            raise RunError(f"--out must end in .json; got {show_path(arguments.out)}; rename it.")
+        _check_new(Path(arguments.out), arguments.overwrite)
+    from cpmm_jax.plotting import plot_work_precision, save_figure
+    from cpmm_jax.solver_study import compare_solvers, recommend_solver
+
+    measured = compare_solvers(run.load_model(), seconds=arguments.seconds)
+    advice = recommend_solver(measured, arguments.tolerance)
+    records = [m.record() for m in sorted(measured, key=lambda m: m.seconds_per_gradient or 1e9)]
+    print(f"{_solver_table(records)}\n\n{advice.sentence}")
+    if arguments.out is not None:
+        content = {
+            "run": str(run.path),
+            "tolerance": arguments.tolerance,
+            "recommended": advice.measurement.name,
+            "sentence": advice.sentence,
+            "measurements": records,
+        }
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        _write_file(arguments.out, lambda part: part.write_text(text), arguments.overwrite)
+    try:
+        print(save_figure(plot_work_precision(records), run.path / "figures" / "solvers.png"))
+    except ConfigError as error:  # the table is there
+        print(f"cpmm: warning: no figure: {error}", file=sys.stderr)
+
+
+def _solver_table(records: Sequence[dict[str, Any]]) -> str:
+    """Return what was measured as aligned columns, then what was not."""
+    head = ("(* in use now)", "ms", "compile s", "steps", "calls", "MB", "trajectory", "gradient")
+    rows: list[tuple[str, ...]] = [head]
+    left: dict[str, list[str]] = {}
+    for r in records:
+        if r["seconds_per_gradient"] is None:
+            left.setdefault(r["result"], []).append(r["name"])
+            continue
+        numbers = (
+            f"{1e3 * r['seconds_per_gradient']:.2f}",
+            f"{r['compile_seconds']:.1f}",
+            *("-" if r[name] is None else str(r[name]) for name in ("num_steps", _CALLS)),
+            "-" if r["memory_bytes"] is None else f"{r['memory_bytes'] / 1e6:.2f}",
+            *(f"{r[name]:.1e}" for name in ("trajectory_error", "gradient_error")),
+        )
+        rows.append((f"{r['name']}{' *' if r['own'] else ''}", *numbers))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        row[0].ljust(widths[0])
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+    for result, names in left.items():
+        others = f" and {len(names) - 3} others" if len(names) > 3 else ""
+        lines.append(f"{'; '.join(names[:3])}{others}: {result}")
+    return "\n".join(lines)
+
+
 def _is_csv(out: str) -> bool:
     suffix = Path(out).suffix.lower()
     if suffix not in _OUT_KINDS:
@@ -266,14 +359,18 @@ def _save_npz(part: Path, columns: dict[str, npt.NDArray[Any]]) -> None:
         np.savez(stream, **columns)  # type: ignore[arg-type]
 
 
-def _write_file(out: str, write: Callable[[Path], object], overwrite: bool) -> None:
-    """Write a file beside its place and move it there when it is complete."""
-    path = Path(out)
+def _check_new(path: Path, overwrite: bool) -> None:
     if path.exists() and (not overwrite or path.is_dir()):
         raise RunError(
             f"{show_path(path)} must not exist yet; got one; choose another name, or replace a "
             "file with `--overwrite`."
         )
+
+
+def _write_file(out: str, write: Callable[[Path], object], overwrite: bool) -> None:
+    """Write a file beside its place and move it there when it is complete."""
+    path = Path(out)
+    _check_new(path, overwrite)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         write(part)

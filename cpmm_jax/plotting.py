@@ -306,6 +306,45 @@ def plot_training(history: Sequence[Mapping[str, Any]], *, ax: Axes | None = Non
     return ax
 
 
+def plot_work_precision(
+    measurements: Sequence[Mapping[str, Any]], *, ax: Axes | None = None
+) -> Axes:
+    """Draw the error of gradients against the time that they take, log-log: down and left is good.
+
+    Args:
+        measurements: records as of `solver_study.SolverMeasurement.record`; failures are left out.
+        ax: axes to draw on; new ones by default.
+
+    Returns:
+        The axes. A marker and colour for each solver; equal steps joined by solid lines, tolerances
+        by dashed ones; hollow where an adjoint is set; a ring round what is used now.
+    """
+    ax = _axes(ax, (6.4, 4.6))
+    shown = [m for m in measurements if m["seconds_per_gradient"] is not None]
+    solvers = list(dict.fromkeys(m["solver"] for m in shown))
+    families: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    for m in shown:
+        point = (1e3 * m["seconds_per_gradient"], m["gradient_error"])
+        families.setdefault((m["solver"], m["adaptive"], m["adjoint"]), []).append(point)
+        if m["own"]:
+            ax.scatter(*point, s=170, facecolors="none", edgecolors="0.3", label="present")
+    for (solver, adaptive, adjoint), points in families.items():
+        index = solvers.index(solver)
+        ax.plot(
+            *zip(*sorted(points, key=lambda point: -point[1]), strict=True),
+            color=f"C{index}",
+            marker="osD^vP*Xd<>h"[index % 12],
+            linestyle="--" if adaptive else "-",
+            linewidth=0.8,
+            markerfacecolor="none" if adjoint else f"C{index}",
+            label=solver if solver not in ax.get_legend_handles_labels()[1] else None,
+        )
+    ax.set(xscale="log", yscale="log")
+    ax.set(xlabel="time per gradient (ms)", ylabel="relative error of the gradient")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
 def plot_run(
     mixture: Mixture,
     history: Sequence[Mapping[str, Any]],

@@ -4,7 +4,9 @@ config.json     what was fitted, on what, with which settings and versions (sche
 metrics.jsonl   one line per report of the training
 metrics.json    the result on the test part
 mixture.npz     the extracted mixture, which NumPy alone reads
-figures/        what `cpmm plot` draws
+checkpoints/    model/: the trained model with its field, in standardised units, to study it or to
+                extract it anew (see `training.checkpoint`)
+figures/        what `cpmm plot` and `cpmm bench-solvers` draw
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +36,11 @@ from cpmm_jax.data.table import count_columns
 from cpmm_jax.errors import RunError
 from cpmm_jax.evaluate import evaluate
 
+if TYPE_CHECKING:
+    from cpmm_jax.models.cpmm import CPMM
+
 SCHEMA = 1
+MODEL = Path("checkpoints", "model")  # of a run folder
 _LIBRARIES = ("jax", "flax", "diffrax", "optax", "numpy")
 
 
@@ -91,6 +97,16 @@ class Run:
         """Return the reports of the training."""
         lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
+
+    def load_model(self) -> CPMM:
+        """Return the trained model, in standardised units.
+
+        Raises:
+            RunError: the run has none (one of an early version), or it is damaged.
+        """
+        from cpmm_jax.training.checkpoint import load_model  # reading a run needs no JAX
+
+        return load_model(self.path / MODEL)
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -206,6 +222,7 @@ def fit_run(
         data = source.load_parts()
         # Here and not above: reading data, evaluating and sampling need no JAX.
         from cpmm_jax.recipe import fit_mixture, recommend
+        from cpmm_jax.training.checkpoint import save_model
 
         assert data.x_test is not None  # `split` made it
         y_train = data.y_train if source.labels else None
@@ -238,6 +255,7 @@ def fit_run(
                 "num_trajectories": recipe.num_trajectories,
             },
         )
+        save_model(folder / MODEL, fitted.model)
         mixture = artifact.load(folder / "mixture.npz")
         scores = evaluate(mixture, data.x_test, data.y_test, supervised=source.labels)
         scores = {name if name in _BARE else f"test_{name}": v for name, v in scores.items()}

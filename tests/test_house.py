@@ -27,6 +27,7 @@ ROOMS = [
     "evaluate",
     "plotting",
     "recipe",
+    "solver_study",
     "run",
     "estimators",
     "cli",

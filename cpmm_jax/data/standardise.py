@@ -128,7 +128,7 @@ class Standardizer:
             out[start : start + rows] = block
         return out
 
-    def noise_floor(self, least: float = 1e-5, most: float = 3e-3) -> _Vector:
+    def noise_floor(self, least: float = 1e-5, most: float = 5e-3) -> _Vector:
         """Return the smallest noise variance to allow per column, (D,), in standardised units.
 
         A value recorded with step d stands for the interval of width d about it, and a uniform

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from cpmm_jax.cli import main
+from cpmm_jax.cli import compilation_cache, main
 
 # The batch is smaller than the table: the refit on more rows is then the same compiled program.
 SETTINGS = ["--steps", "20", "--components", "4", "--rank", "1", "--batch-size", "16", "--quiet"]
@@ -22,6 +22,15 @@ class Answer(NamedTuple):
 
 
 Cpmm = Callable[..., Answer]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the command line out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in compilation_cache(tmp_path_factory.mktemp("cache")).items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture

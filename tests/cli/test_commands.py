@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 
 from cpmm_jax import __version__, artifact
+from cpmm_jax.cli import compilation_cache
 from cpmm_jax.run import open_run, read_examples
 from tests.cli.conftest import SETTINGS, Cpmm, write_table
 
 
 def test_fit_leaves_a_run(run: Path) -> None:
     files = sorted(path.name for path in run.iterdir())
-    assert files == ["config.json", "metrics.json", "metrics.jsonl", "mixture.npz"]
+    assert files == ["checkpoints", "config.json", "metrics.json", "metrics.jsonl", "mixture.npz"]
     assert [path.name for path in run.parent.iterdir()] == ["trees"]  # no leftovers
     metrics = json.loads((run / "metrics.json").read_text())
     assert {"test_log_likelihood", "accuracy", "seconds"} <= set(metrics)
@@ -132,3 +134,15 @@ def test_help(cpmm: Cpmm) -> None:
         assert option in text
     assert "pinwheel" in text
     assert __version__ in cpmm("--version").out
+
+
+def test_compiled_programs_are_kept_by_the_command_line_alone(cpmm: Cpmm, monkeypatch) -> None:
+    for name in compilation_cache():
+        monkeypatch.delenv(name)
+    code = "import jax, cpmm_jax; assert jax.config.jax_compilation_cache_dir is None"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    cpmm("evaluate", "nowhere", "moons")
+    assert Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).name == "cpmm_jax"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "of the user")
+    cpmm("evaluate", "nowhere", "moons")
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "of the user"
