@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -63,3 +63,9 @@ def interleave(
         name: Timing(*(float(np.quantile(values, q)) for q in (0.5, 0.25, 0.75)))
         for name, values in spent.items()
     }
+
+
+def of_timing(timings: Mapping[str, Timing], name: str) -> dict[str, float]:
+    """Return one timing as plain numbers, with its ratio to the first."""
+    first = next(iter(timings.values()))
+    return asdict(timings[name]) | {"ratio": timings[name].median / first.median}

@@ -104,27 +104,58 @@ def capacitance(
     return matrix + size * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
 
 
-@jax.default_matmul_precision("float32")
 def _factorise(
-    loadings: Float[Array, "D R"], log_noise: Float[Array, " D"], jitter: float = 0.0
-) -> Factors:
+    loadings: Float[Array, "D R"], log_noise: Float[Array, " D"]
+) -> tuple[Factors, Float[Array, "R R"]]:
     precision = jnp.exp(-log_noise)
     if loadings.shape[-1] == 0:
-        return Factors(precision, jnp.zeros_like(loadings).T, jnp.sum(log_noise))
-    cholesky, inverse = cholesky_and_inverse(capacitance(loadings, log_noise, jitter))
+        empty = jnp.zeros((0, 0), loadings.dtype)
+        return Factors(precision, jnp.zeros_like(loadings).T, jnp.sum(log_noise)), empty
+    cholesky, inverse = cholesky_and_inverse(capacitance(loadings, log_noise))
     projection = inverse @ (loadings * precision[:, None]).T
     log_det = jnp.sum(log_noise) + 2.0 * jnp.sum(jnp.log(jnp.diagonal(cholesky)))
-    return Factors(precision, projection, log_det)
+    return Factors(precision, projection, log_det), inverse
 
 
 @jax.custom_jvp
+def _factors_and_inverse(
+    loadings: Float[Array, "D R"], log_noise: Float[Array, " D"]
+) -> tuple[Factors, Float[Array, "R R"]]:
+    return in_float64(_factorise)(loadings, log_noise)  # type: ignore[no-any-return]
+
+
+@_factors_and_inverse.defjvp
+@jax.default_matmul_precision("float32")
+def _factors_and_inverse_jvp(primals, tangents):  # type: ignore[no-untyped-def]
+    """Differentiate in closed form: matrix products of what is known, and no loop.
+
+    With dM = d(L^T psi^-1 L) and S = G^-1 dM G^-T, the factor of M = G G^T moves by
+    dG = G phi(S), where phi keeps the lower triangle and half the diagonal. So
+    dW = G^-1 d(L^T psi^-1) - phi(S) W, and log det M moves by tr(S).
+    """
+    factors, inverse = _factors_and_inverse(*primals)
+    d_loadings, d_log_noise = tangents
+    precision, projection, _ = factors
+    moved = inverse @ d_loadings.T  # G^-1 dL^T
+    half = moved @ projection.T
+    noisy = projection * (jnp.exp(primals[1]) * d_log_noise)[None, :]
+    inner = half + half.T - noisy @ projection.T  # S
+    lower = jnp.tril(inner) - 0.5 * jnp.diag(jnp.diagonal(inner))
+    derivative = Factors(
+        -precision * d_log_noise,
+        moved * precision[None, :] - projection * d_log_noise[None, :] - lower @ projection,
+        jnp.sum(d_log_noise) + jnp.trace(inner),
+    )
+    return (factors, inverse), (derivative, -lower @ inverse)
+
+
 def factorise(loadings: Float[Array, "D R"], log_noise: Float[Array, " D"]) -> Factors:
     """Prepare one component's density; values in float64, whatever the dtype of the arguments.
 
     With noise variances down to 1e-6 the capacitance matrix has a condition number near 1e8 and a
     float32 Cholesky factor keeps no digit of its small pivots (or is NaN). This set-up costs
-    O(D R^2) per component, little beside the evaluation, so it runs in float64. Derivatives run in
-    the dtype of the arguments, with a relative jitter that keeps their Cholesky factor finite.
+    O(D R^2) per component, little beside the evaluation, so it runs in float64. Derivatives are
+    matrix products of its results, in the dtype of the arguments.
 
     Args:
         loadings: factor loadings, shape (D, R); R may be 0.
@@ -133,14 +164,7 @@ def factorise(loadings: Float[Array, "D R"], log_noise: Float[Array, " D"]) -> F
     Returns:
         `Factors` in the dtype of `loadings`.
     """
-    return in_float64(_factorise)(loadings, log_noise)  # type: ignore[no-any-return]
-
-
-@factorise.defjvp
-def _factorise_jvp(primals, tangents):  # type: ignore[no-untyped-def]
-    jitter = 8 * float(jnp.finfo(primals[0].dtype).eps)
-    _, derivative = jax.jvp(partial(_factorise, jitter=jitter), primals, tangents)
-    return factorise(*primals), derivative
+    return _factors_and_inverse(loadings, log_noise)[0]
 
 
 def log_prob(
@@ -163,7 +187,7 @@ def log_prob(
     Returns:
         Log-densities, shape (N,).
     """
-    factors = _factorise(loadings, log_noise)
+    factors, _ = _factorise(loadings, log_noise)
     residual = x - mean[None, :]
     quadratic = (residual * residual) @ factors.precision
     quadratic = quadratic - jnp.sum((residual @ factors.projection.T) ** 2, axis=-1)

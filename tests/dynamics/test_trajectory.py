@@ -76,10 +76,12 @@ class Rotation:
 
     matrix: Array  # (D + A, D + A)
 
-    def __call__(self, t: Any, state: TrajectoryState) -> TrajectoryState:
-        slope = self.matrix @ jnp.concatenate([state.component.means, state.augmented])
-        component = jax.tree.map(jnp.zeros_like, state.component)
-        return TrajectoryState(component.replace(means=slope[:DIM]), slope[DIM:])
+    def __call__(self, t: Any, state: Array) -> Array:
+        first = state.shape[0] - (RANK + 2) * DIM - AUGMENTED  # 1 where weights evolve
+        means, augmented = slice(first, first + DIM), slice(-AUGMENTED, None)
+        slope = self.matrix @ jnp.concatenate([state[means], state[augmented]])
+        still = jnp.zeros_like(state)
+        return still.at[means].set(slope[:DIM]).at[augmented].set(slope[DIM:])
 
 
 def initial(seed: int = 0, *, weights: bool = False) -> TrajectoryState:

@@ -105,3 +105,13 @@ def test_in_float64_survives_every_order_of_jit_and_vmap(rng):
         got = jax.vmap(jax.jit(function), (None, 0))(small, rows)
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, np.full((2, 3), 2.0**-18), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_the_closed_form_derivative_is_that_of_autodiff(rng, rank, x64):
+    primals = jnp.asarray(rng.normal(size=(7, rank))), jnp.asarray(rng.normal(size=7))
+    tangents = jnp.asarray(rng.normal(size=(7, rank))), jnp.asarray(rng.normal(size=7))
+    _, got = jax.jvp(linalg.factorise, primals, tangents)
+    _, expected = jax.jvp(lambda *args: linalg._factorise(*args)[0], primals, tangents)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
