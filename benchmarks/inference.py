@@ -1,6 +1,6 @@
 """The light file against the model that it came from, and against scikit-learn.
 
-    .venv/bin/python -m benchmarks.inference
+    .venv/bin/python -m benchmarks.inference [--full]
 
 A labelled model of the demo's size (D = 64, 10 classes of 16 components of rank 12) scores the
 digits: from the light file by NumPy, from the extracted mixture by JAX, and from the model, which
@@ -18,11 +18,14 @@ import numpy as np
 from flax import nnx
 
 import cpmm_jax as cpmm
+from benchmarks.peers import find, missing
+from benchmarks.report import Report, Table, main
 from benchmarks.timing import interleave
 from cpmm_jax import artifact
 from cpmm_jax.dynamics.trajectory import GridTimes
 
 DIM, CLASSES, TIMES, RANK = 64, 10, 16, 12
+PEER = "scikit-learn, full covariance"
 
 
 @jax.jit
@@ -51,7 +54,8 @@ def gaussian_mixture(light: artifact.Mixture):
     return peer
 
 
-def main() -> None:
+def measure(full: bool) -> Report:
+    """Time reading the file, then log p of one example, of the digits' test part, and of more."""
     rng = np.random.default_rng(0)
     model = cpmm.CPMM(DIM, RANK, CLASSES, widths=(256, 256), rngs=nnx.Rngs(0))
     mixture = model.extract(TIMES)
@@ -63,23 +67,38 @@ def main() -> None:
         light = artifact.load(path)
         light.log_prob(np.zeros((1, DIM)))
         loading = time.perf_counter() - start
-    print(f"light file: {kilobytes:.0f} KiB, read and ready in {1e3 * loading:.1f} ms")
-    peer = gaussian_mixture(light)
-    for n in (1, 450, 10_000):
+    counts = (1, 450, 10_000) if full else (1, 450)
+    timings = {}
+    for n in counts:
         x = rng.standard_normal((n, DIM)).astype(np.float32)
         cases = {
             "light file (NumPy, float64)": lambda x=x: light.log_prob(x),
             "extracted mixture (JAX, jitted)": lambda x=x: from_mixture(mixture, x),
             "model (solves its ODE, jitted)": lambda x=x: from_model(model, x),
-            "scikit-learn, full covariance": lambda x=x: peer.score_samples(x),
         }
+        if find("sklearn") is not None:
+            peer = gaussian_mixture(light)
+            cases[PEER] = lambda x=x, peer=peer: peer.score_samples(x)
         results = [np.asarray(case()) for case in cases.values()]
         for result in results[1:]:
             np.testing.assert_allclose(result, results[0], rtol=1e-4)
-        print(f"log p of {n} example(s):")
-        for name, timing in interleave(cases).items():
-            print(f"  {name:34s}{timing}")
+        timings[n] = interleave(cases, seconds=1.0, least=5)
+    rows = [[name, *(str(timings[n][name]) for n in counts)] for name in timings[1]]
+    if PEER not in timings[1]:
+        rows.append([PEER, *[missing("scikit-learn")] * len(counts)])
+    table = Table(
+        f"log p of examples (D = {DIM}, {CLASSES} classes of {TIMES} components, rank {RANK})",
+        ("", *(f"{n:,} example{'s' * (n > 1)}" for n in counts)),
+        rows,
+        (f"The light file holds {kilobytes:.0f} KiB, read and ready in {1e3 * loading:.0f} ms.",),
+    )
+    data = {
+        "kibibytes": kilobytes,
+        "loading_seconds": loading,
+        "seconds": {n: {name: t.median for name, t in of.items()} for n, of in timings.items()},
+    }
+    return Report("inference", [table], data)
 
 
 if __name__ == "__main__":
-    main()
+    main("inference", measure)
