@@ -201,14 +201,21 @@ def _diffeqsolve(
         controller = diffrax.PIDController(rtol=config.rtol, atol=config.atol)
     elif isinstance(controller, diffrax.ConstantStepSize):
         dt0 = 1.0 / (config.num_steps or 16)
+    # Diffrax gets plain arrays: Flax Modules cannot be rebuilt inside the linear solves of implicit
+    # solvers (forward mode, jax 0.11, flax 0.12.12).
+    leaves, structure = jax.tree.flatten(args)
+
+    def plain_field(time: Any, state: PyTree, leaves: Any) -> PyTree:
+        return vector_field(time, state, jax.tree.unflatten(structure, leaves))
+
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(vector_field),
+        diffrax.ODETerm(plain_field),
         config.solver,
         t0=0.0,
         t1=1.0,
         dt0=dt0,
         y0=initial_state,
-        args=args,
+        args=leaves,
         saveat=diffrax.SaveAt(ts=times),
         stepsize_controller=controller,
         adjoint=config.adjoint or diffrax.RecursiveCheckpointAdjoint(),
