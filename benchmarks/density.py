@@ -211,13 +211,18 @@ def compare_gradients(results: Mapping[str, Any]) -> None:
 
 def measure_one(size: Size, direction: str, with_memory: bool) -> tuple[Table, dict[str, Any]]:
     """Measure all methods at one size in one direction."""
-    cases, compiling, absent = {}, {}, []
+    cases, compiling, absent, memory = {}, {}, {}, {}
     for method, prepare in METHODS.items():
         if direction != "forward" and method.startswith("sklearn"):
             continue
         if method in LIBRARIES and find(LIBRARIES[method]) is None:
-            absent.append(method)
+            absent[method] = missing(LIBRARIES[method])
             continue
+        if with_memory:
+            memory[method] = peak_memory("density", method, direction, *map(str, size))
+            if memory[method] is None and method in LIBRARIES:
+                absent[method] = "does not fit the memory of this machine"
+                continue
         start = time.perf_counter()
         cases[method] = prepare(direction, size)
         compiling[method] = time.perf_counter() - start
@@ -236,19 +241,16 @@ def measure_one(size: Size, direction: str, with_memory: bool) -> tuple[Table, d
         rows.append((name, str(timings[name]), f"{100 * fraction:.0f} %", "", "", "", ""))
     for method in METHODS:
         if method in absent:
-            rows.append((method, missing(LIBRARIES[method]), *[""] * 5))
+            rows.append((method, absent[method], *[""] * 5))
         if method not in cases:
             continue
         seconds = timings[method].median
         fraction = passes * size.operations / seconds / rate
-        memory = None
-        if with_memory:
-            memory = peak_memory("density", method, direction, *map(str, size))
         data[method] = {
             "seconds": seconds,
             "fraction_of_matrix_product_rate": fraction,
             "times_ours": seconds / timings["ours"].median,
-            "peak_bytes": memory,
+            "peak_bytes": memory.get(method),
             "relative_error": errors[method],
             "compile_seconds": compiling[method],
         }
@@ -259,7 +261,7 @@ def measure_one(size: Size, direction: str, with_memory: bool) -> tuple[Table, d
                 str(timings[method]),
                 "" if method.startswith("sklearn") else f"{100 * fraction:.0f} %",
                 f"{seconds / timings['ours'].median:.2f}",
-                show(memory) if with_memory else "",
+                show(memory.get(method)) if with_memory else "",
                 f"{errors[method]:.0e}",
                 f"{compiling[method]:.1f} s",
             )

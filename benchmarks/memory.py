@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,6 +52,14 @@ def _peak_of(call: Callable[[], Any]) -> int | None:
     return _resident("VmHWM") - before
 
 
+def _limit() -> None:
+    """Let this process fail for want of memory rather than the machine."""
+    import resource
+
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
 def _resident(name: str) -> int:
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name + ":"))
     return 1024 * int(line.split()[1])
@@ -64,5 +73,7 @@ def _device_stats() -> dict[str, int] | None:
 
 
 if __name__ == "__main__":
+    if _STATUS.exists():
+        _limit()
     name, *rest = sys.argv[1:]
     print(_peak_of(importlib.import_module(f"benchmarks.{name}").prepare_case(*rest)))
