@@ -21,8 +21,8 @@ import cpmm_jax as cpmm
 from benchmarks.memory import peak_memory, show
 from benchmarks.peers import find, missing
 from benchmarks.report import Report, Table, main
-from benchmarks.timing import interleave
 from cpmm_jax import artifact
+from cpmm_jax.solver_study.timing import interleave
 
 PARAMETERS = ("logits", "means", "loadings", "log_noise")
 SQUARE = 2048  # side of the square product

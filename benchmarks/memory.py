@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import await_result
+import jax
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -41,14 +41,14 @@ def _peak_of(call: Callable[[], Any]) -> int | None:
     # Linux counts for the whole process; an accelerator since the process began.
     device = _device_stats()
     if device is not None:
-        await_result(call())
+        jax.block_until_ready(call())
         after = _device_stats()
         return None if after is None else after["peak_bytes_in_use"] - device["bytes_in_use"]
     if not _CLEAR.exists():
         return None
     _CLEAR.write_text("5")  # resets the peak to what is resident now
     before = _resident("VmRSS")
-    await_result(call())
+    jax.block_until_ready(call())
     return _resident("VmHWM") - before
 
 
@@ -66,8 +66,6 @@ def _resident(name: str) -> int:
 
 
 def _device_stats() -> dict[str, int] | None:
-    import jax
-
     device = jax.devices()[0]
     return None if device.platform == "cpu" else device.memory_stats()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -18,13 +19,19 @@ from jax.flatten_util import ravel_pytree
 
 import cpmm_jax as cpmm
 from benchmarks.report import Table
-from benchmarks.timing import Timing, interleave, of_timing
 from cpmm_jax.dynamics.solve import SolverConfig
 from cpmm_jax.dynamics.trajectory import StratifiedTimes, TrajectoryState, integrate
 from cpmm_jax.mixture.mfa import MFA
+from cpmm_jax.solver_study.timing import Timing, interleave
 
 DEFAULT = f"default: {type(SolverConfig().solver).__name__}, {SolverConfig().num_steps} steps"
 HEUN = SolverConfig(solver=diffrax.Heun(), num_steps=16)
+
+
+def of_timing(timings: Mapping[str, Timing], name: str) -> dict[str, float]:
+    """Return one timing as plain numbers, with its ratio to the first."""
+    first = next(iter(timings.values()))
+    return asdict(timings[name]) | {"ratio": timings[name].median / first.median}
 
 
 def relative_error(value: Any, reference: Any) -> float:

@@ -22,8 +22,8 @@ from flax import nnx
 import cpmm_jax as cpmm
 from benchmarks.density import Size, prepare_case
 from benchmarks.report import Report, Table, main
-from benchmarks.timing import interleave
 from cpmm_jax.dynamics.trajectory import GridTimes
+from cpmm_jax.solver_study.timing import interleave
 from cpmm_jax.training.objective import negative_log_likelihood
 
 DENSITY = Size(N=4096, K=128, D=128, R=8)

@@ -20,7 +20,6 @@ from flax import nnx
 
 import cpmm_jax as cpmm
 from benchmarks.report import Report, Table, main
-from benchmarks.timing import Timing
 from cpmm_jax.data.readers import load
 from cpmm_jax.data.standardise import Standardizer
 from cpmm_jax.errors import DataWarning
@@ -31,6 +30,7 @@ from cpmm_jax.solver_study import (
     default_candidates,
     recommend_solver,
 )
+from cpmm_jax.solver_study.timing import Timing
 
 TOLERANCES = (1e-2, 1e-3)
 SHORT = ("ReversibleHeun, 8 steps", "ReversibleHeun, 16 steps", "Tsit5, 4 steps")

@@ -31,15 +31,16 @@ from benchmarks.ode_gradient import (
     HEUN,
     SHORT_SOLVES,
     measure_gradients,
+    of_timing,
     relative_error,
 )
 from benchmarks.peers import find, missing
 from benchmarks.report import Report, Table, main
-from benchmarks.timing import Timing, interleave, of_timing
 from cpmm_jax.data import Standardizer, load
 from cpmm_jax.data.batches import batch_indices
 from cpmm_jax.dynamics.solve import SolverConfig
 from cpmm_jax.errors import DataWarning
+from cpmm_jax.solver_study.timing import Timing, interleave
 from cpmm_jax.training.config import TrainConfig, default_optimizer, learning_rate_schedule
 from cpmm_jax.training.inputs import take_apart
 from cpmm_jax.training.state import BlockTotals, initial_state

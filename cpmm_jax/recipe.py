@@ -34,8 +34,7 @@ class Recipe:
     Attributes:
         num_classes: classes of the hierarchy, C; without labels every trajectory is one.
         num_trajectories: trajectories of each class, S.
-        num_times: pseudotimes at which each trajectory is extracted, T; the mixture has C S T
-            components.
+        num_times: pseudotimes at which each trajectory is extracted, T.
         train_times: pseudotimes drawn in a training step; fewer where rows are scarce, as a
             regulariser.
         rank: factors of a component, R.
@@ -67,8 +66,9 @@ class Recipe:
 
     @property
     def num_components(self) -> int:
-        """Components read off the trajectories, C S T; their twins are not counted."""
-        return self.num_classes * self.num_trajectories * self.num_times
+        """Components of the extracted mixture: C S T, and as many twins where it has tails."""
+        read = self.num_classes * self.num_trajectories * self.num_times
+        return 2 * read if self.tails else read
 
 
 def recommend(
@@ -89,14 +89,14 @@ def recommend(
 
     Where rows are plentiful for the number of features, many short trajectories fit best; where
     they are scarce, few long ones with more factors do, since the shared field keeps them from
-    overfitting, and their components are given tails.
+    overfitting; unless `components` sets how many there are, each is given a broad twin then.
 
     Args:
         num_examples: training rows, N.
         dim: features, D.
         num_classes: classes of the labels, C (used when `labelled`).
         labelled: whether labels are trained on.
-        components: components read off the trajectories in total.
+        components: components of the extracted mixture in total.
         trajectories: trajectories per class; without labels, in all.
         rank: factors, R.
         steps: training steps.
@@ -129,6 +129,7 @@ def recommend(
         )
     classes = num_classes if labelled else 1
     rows = num_examples / classes  # of one class
+    tails = 0.1 if components is None and _few(rows, dim) else 0.0
     if trajectories is None:
         trajectories = _default_trajectories(rows, dim, components, classes)
     if components is None:
@@ -147,7 +148,7 @@ def recommend(
         num_times=times,
         train_times=_default_train_times(rows, dim, times),
         rank=_default_rank(rows, dim) if rank is None else rank,
-        tails=0.1 if _few(rows, dim) else 0.0,
+        tails=tails,
         widths=(128, 128) if dim < 16 else (256, 256),
         steps=(1500 if _few(rows, dim) else 3000) if steps is None else steps,
         batch_size=256 if batch_size is None else batch_size,

@@ -98,8 +98,7 @@ def integrate(
         trajectory, each in the order of time.
     """
     move = _move_by_class if field_per_class else _move
-    # One vector per trajectory, not a pytree: a fifth of the time, since a step is many small
-    # operations on every leaf.
+    # One vector per trajectory, not a pytree: a step is many small operations on every leaf.
     unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0, 0], initial))[1]
     vectors = jax.vmap(jax.vmap(lambda state: ravel_pytree(state)[0]))(initial)
     solution = solve(move, vectors, times, config, args=field)

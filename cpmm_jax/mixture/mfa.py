@@ -229,7 +229,8 @@ class MFA:
         if added.shape not in ((), (self.dim,)) or not np.all(added > 0):
             raise ConfigError(
                 f"`noise` must be positive, of shape (D,) with D = {self.dim} or one number; got "
-                f"shape {added.shape}, smallest {added.min(initial=np.inf):g}."
+                f"shape {added.shape}, smallest {added.min(initial=np.inf):g}. A tenth of each "
+                "feature's variance is a good start."
             )
         log_added = _align(jnp.log(added).astype(self.log_noise.dtype), self.log_noise)
         broad = jnp.logaddexp(self.log_noise, log_added)

@@ -13,7 +13,7 @@ errors. Compare before training, or train anew after a change.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,10 +30,10 @@ from cpmm_jax.errors import ConfigError, SolverError
 from cpmm_jax.models.cpmm import CPMM
 from cpmm_jax.solver_study.candidates import count_evaluations, default_candidates, describe
 from cpmm_jax.solver_study.measurement import SolverMeasurement
+from cpmm_jax.solver_study.timing import Timing, interleave
 
 _REFERENCE = SolverConfig(solver=diffrax.Dopri8(), num_steps=None, rtol=1e-10, atol=1e-10)
 _PREPARING = 0.8  # of the time limit; the rest is for timing
-_LEAST_ROUNDS = 3
 _TIMING = 1.0  # seconds for each candidate, where the limit leaves so much
 
 
@@ -89,8 +89,8 @@ def compare_solvers(
             measurements.append(case)
             bar.update()
         left = max(0.0, seconds - (time.perf_counter() - started))
-        spent = _interleave(calls, min(left, _TIMING * len(calls)))
-    return [_timed(case, spent.get(case.name, ())) for case in measurements]
+        timings = interleave(calls, seconds=min(left / max(len(calls), 1), _TIMING))
+    return [_timed(case, timings.get(case.name)) for case in measurements]
 
 
 def _own_first(
@@ -217,21 +217,12 @@ def _vector(tree: Any) -> npt.NDArray[np.float64]:
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
 
 
-def _interleave(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Time calls in turn, each in every round, for about `seconds` in total."""
-    spent: dict[str, list[float]] = {name: [] for name in calls}
-    began, rounds = time.perf_counter(), 0
-    while calls and (rounds < _LEAST_ROUNDS or time.perf_counter() - began < seconds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            spent[name].append(time.perf_counter() - start)
-        rounds += 1
-    return spent
-
-
-def _timed(case: SolverMeasurement, spent: Sequence[float]) -> SolverMeasurement:
-    if not spent:
+def _timed(case: SolverMeasurement, timing: Timing | None) -> SolverMeasurement:
+    if timing is None:
         return case
-    low, median, high = np.quantile(spent, (0.25, 0.5, 0.75)).tolist()
-    return replace(case, seconds_low=low, seconds_per_gradient=median, seconds_high=high)
+    return replace(
+        case,
+        seconds_low=timing.low,
+        seconds_per_gradient=timing.median,
+        seconds_high=timing.high,
+    )

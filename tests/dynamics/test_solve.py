@@ -158,6 +158,25 @@ def test_fixed_steps(num_steps: int) -> None:
     np.testing.assert_allclose(solution.states[-1], np.full(2, expected), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("solver", [diffrax.ReversibleHeun(), diffrax.Tsit5()])
+def test_equal_steps_by_scan_are_those_of_diffeqsolve(
+    x64: None, solver: diffrax.AbstractSolver
+) -> None:
+    field = MLPField(2, widths=(4,), param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    times = jnp.array([0.0, 0.2, 0.55, 0.6, 1.0])  # on the five steps, and between
+
+    def value(field: MLPField, start: Array, config: SolverConfig) -> Array:
+        states = solve(move, start, times, config, args=field).states
+        return jnp.sum(jnp.sin(jnp.arange(10.0).reshape(5, 2) + states))
+
+    both = jax.jit(jax.value_and_grad(value, argnums=(0, 1)), static_argnums=2)
+    scan = SolverConfig(solver=solver, num_steps=5)
+    got = both(field, jnp.array([0.3, -0.5]), scan)
+    expected = both(field, jnp.array([0.3, -0.5]), replace(scan, adjoint=EVERY_STEP))
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_adaptive_steps_follow_the_tolerances(x64: None) -> None:
     steps, errors = [], []
     for tolerance in (1e-3, 1e-8):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -19,21 +20,10 @@ class Timing:
     high: float
 
     def __str__(self) -> str:
+        """Return milliseconds or microseconds, the quartiles in brackets."""
         unit, scale = ("ms", 1e3) if self.median >= 1e-3 else ("us", 1e6)
         low, middle, high = (f"{scale * s:.3g}" for s in (self.low, self.median, self.high))
         return f"{middle} {unit} ({low}..{high})"
-
-
-def await_result(value: Any) -> Any:
-    """Wait for JAX's asynchronous results; anything else is there already."""
-    wait = getattr(value, "block_until_ready", None)
-    if wait is not None:
-        wait()
-    elif isinstance(value, tuple | list | dict) or hasattr(value, "__dataclass_fields__"):
-        import jax
-
-        jax.block_until_ready(value)
-    return value
 
 
 def interleave(
@@ -42,30 +32,29 @@ def interleave(
     """Time zero-argument callables, one call of each in turn, so that all see the same machine.
 
     Args:
-        cases: what to time, by name; each is called once before, to compile and to warm up.
+        cases: what to time, by name; each is called once before, to compile and to warm up. JAX's
+            asynchronous results are awaited.
         seconds: time to spend on each case, about; one that has had it drops out.
         least: fewest calls of each.
 
     Returns:
         The timing of each, by name.
+
+    Example:
+        >>> interleave({"sum": lambda: sum(range(10))}, seconds=0.0)["sum"].median > 0
+        True
     """
     for case in cases.values():
-        await_result(case())
+        jax.block_until_ready(case())
     spent: dict[str, list[float]] = {name: [] for name in cases}
     going = list(cases)
     while going:
         for name in going:
             start = time.perf_counter()
-            await_result(cases[name]())
+            jax.block_until_ready(cases[name]())
             spent[name].append(time.perf_counter() - start)
         going = [n for n in going if len(spent[n]) < least or sum(spent[n]) < seconds]
     return {
         name: Timing(*(float(np.quantile(values, q)) for q in (0.5, 0.25, 0.75)))
         for name, values in spent.items()
     }
-
-
-def of_timing(timings: Mapping[str, Timing], name: str) -> dict[str, float]:
-    """Return one timing as plain numbers, with its ratio to the first."""
-    first = next(iter(timings.values()))
-    return asdict(timings[name]) | {"ratio": timings[name].median / first.median}

@@ -1,0 +1,47 @@
+"""Default settings, and the path from a table to a mixture in its units."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from cpmm_jax.recipe import fit_mixture, recommend
+
+
+@pytest.mark.parametrize(
+    ("rows", "components", "tails"), [(400, None, True), (400, 8, False), (40_000, None, False)]
+)
+def test_tails_where_rows_are_few_and_nobody_set_the_components(
+    rows: int, components: int | None, *, tails: bool
+) -> None:
+    recipe = recommend(rows, 16, 4, labelled=True, components=components)
+    assert bool(recipe.tails) is tails
+    read = recipe.num_classes * recipe.num_trajectories * recipe.num_times
+    assert recipe.num_components == read * (2 if tails else 1)
+    assert components is None or recipe.num_components == components
+
+
+@pytest.mark.parametrize("tails", [0.0, 0.25])
+def test_the_mixture_is_the_one_that_the_recipe_says(rng, tails: float) -> None:
+    x = rng.normal(size=(40, 2)) * [1.0, 100.0] + [5.0, -300.0]
+    recipe = recommend(40, 2, components=4, trajectories=2, rank=1, steps=3, batch_size=16)
+    recipe = replace(recipe, tails=tails, refit=False)
+    fitted = fit_mixture(x[:32], None, x[32:], None, recipe, progress=False)
+    mixture = fitted.mixture
+    assert mixture.num_classes * mixture.num_components == recipe.num_components
+    assert fitted.num_parameters == 2 + 4 * (1 + 2 + 2 + 2)  # with or without twins
+    in_model = fitted.model.extract(recipe.num_times)
+    if tails:
+        noise = np.exp(mixture.components.log_noise)
+        read, twins = noise[:, : noise.shape[1] // 2], noise[:, noise.shape[1] // 2 :]
+        added = np.broadcast_to(0.1 * fitted.standardizer.scale**2, read.shape)
+        np.testing.assert_allclose(twins - read, added, rtol=1e-3)
+        weights = jax.nn.softmax(mixture.components.logits)[:, noise.shape[1] // 2 :]
+        np.testing.assert_allclose(weights.sum(axis=1), tails, rtol=1e-5)
+        in_model = in_model.with_tails(0.1, tails)
+    expected = in_model.log_prob(fitted.standardizer.transform(x))
+    expected -= np.log(fitted.standardizer.scale).sum()
+    np.testing.assert_allclose(mixture.log_prob(x), expected, rtol=1e-4, atol=1e-4)
