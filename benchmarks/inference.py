@@ -51,7 +51,9 @@ def gaussian_mixture(light: artifact.Mixture):
     covariances = loadings @ loadings.transpose(0, 2, 1)
     covariances[:, np.arange(DIM), np.arange(DIM)] += noise
     peer = GaussianMixture(len(means), covariance_type="full")
-    peer.weights_ = np.full(len(means), 1.0 / len(means))
+    class_weights, weights = np.exp(light.class_logits), np.exp(light.logits)
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    peer.weights_ = (weights * (class_weights / class_weights.sum())[:, None]).reshape(-1)
     peer.means_, peer.covariances_ = means, covariances
     peer.precisions_cholesky_ = np.linalg.inv(np.linalg.cholesky(covariances)).transpose(0, 2, 1)
     return peer
