@@ -11,6 +11,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+from cpmm_jax.dynamics.deferred import Tap, open_taps, tapped_matmul
 from cpmm_jax.errors import ConfigError
 
 ACTIVATIONS = {"sin": jnp.sin, "tanh": jnp.tanh}
@@ -100,18 +101,33 @@ class MLPField(nnx.Module):
             widths[-1], size, kernel_init=last, param_dtype=param_dtype, rngs=rngs
         )
 
-    def __call__(self, t: Float[Array, ""] | float, state: PyTree) -> PyTree:
+    def taps(self, lead: tuple[int, ...]) -> list[Tap]:
+        """Return taps for as many calls as `lead` has places: see `dynamics.deferred`."""
+        return [open_taps(layer.kernel[...], lead) for layer in (*self.layers, self.output)]
+
+    def __call__(
+        self, t: Float[Array, ""] | float, state: PyTree, taps: Sequence[Tap] | None = None
+    ) -> PyTree:
         """Evaluate dh/dt at pseudotime t for one trajectory.
 
         Args:
             t: pseudotime in [0, 1].
             state: a pytree of arrays with `size` entries in total.
+            taps: those of this call, by which the gradients of the kernels leave; None where they
+                are taken as usual.
 
         Returns:
             A pytree like `state`.
         """
         hidden, unravel = ravel_pytree(state)
         clock = jnp.asarray(t, hidden.dtype).reshape(1)
-        for layer, time in zip(self.layers, self.times, strict=True):
-            hidden = ACTIVATIONS[self.activation](layer(hidden) + time(clock))
-        return unravel(self.output(hidden))
+        *inner, last = taps or [None] * (len(self.layers) + 1)  # type: ignore[list-item]
+        for layer, time, tap in zip(self.layers, self.times, inner, strict=True):
+            hidden = ACTIVATIONS[self.activation](_affine(layer, hidden, tap) + time(clock))
+        return unravel(_affine(self.output, hidden, last))
+
+
+def _affine(layer: nnx.Linear, x: Float[Array, " I"], tap: Tap | None) -> Float[Array, " O"]:
+    if tap is None:
+        return layer(x)
+    return tapped_matmul(x, layer.kernel[...], tap) + layer.bias[...]  # type: ignore[index]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from cpmm_jax.dynamics.equal_steps import are_written_out, solve_equal_steps
 from cpmm_jax.errors import ConfigError, SolverError
 
 SUCCESS, STEPS_EXHAUSTED, NOT_FINITE, FAILED = range(4)
@@ -37,10 +38,11 @@ class SolverConfig:
     by linear interpolation, in training and in extraction alike, so the extracted mixture is the
     trained one.
 
-    Equal steps of an explicit solver, without an `adjoint`, are a `lax.scan` over the solver's
-    step, with every step kept for the gradient: `diffeqsolve` gives the same numbers, but is made
-    for loops whose length is not known, and takes 1.3 to 1.4 times as long to run and three times
-    as long to compile (`python -m benchmarks.training_step --full`).
+    Equal steps of an explicit Runge-Kutta method or of the reversible Heun method, without an
+    `adjoint`, are a `lax.scan` with its stages written out and every step kept for the gradient;
+    the gradient of the field's kernels is formed once, after the loop. `diffeqsolve` gives the
+    same numbers, but is made for loops whose length is not known: it takes 1.5 times as long to run
+    and three times as long to compile (`python -m benchmarks.training_step --full`).
 
     Attributes:
         solver: any diffrax solver; an implicit one takes steps of fixed size only with a root
@@ -124,6 +126,7 @@ def solve(
     times: Float[Array, " T"],
     config: SolverConfig,
     args: Any = None,
+    taps: Callable[[tuple[int, ...]], Any] | None = None,
 ) -> Solution:
     """Solve dh/dt = vector_field(t, h, args) over [0, 1] and read h at `times`.
 
@@ -133,57 +136,29 @@ def solve(
         times: increasing, in [0, 1], shape (T,).
         config: solver, steps, adjoint.
         args: a pytree handed to `vector_field`.
+        taps: makes taps for the calls of `vector_field`, which then gets them as a fourth argument;
+            see `dynamics.deferred`. Used where the steps are equal and no adjoint is chosen.
 
     Returns:
         A `Solution`. A failed solve is no exception here, since this may run under `jit`: it is
         told in `result`, and the states are then not to be used.
     """
-    solver, num_steps = config.solver, config.num_steps
-    explicit = not isinstance(solver, diffrax.AbstractImplicitSolver)
-    single = solver.term_structure is diffrax.AbstractTerm
     chosen = config.controller is not None or config.adjoint is not None
-    if num_steps is not None and explicit and single and not chosen:
-        states, steps, failure = _scan_equal_steps(
-            vector_field, initial_state, times, solver, num_steps, args
+    if config.num_steps is not None and are_written_out(config.solver) and not chosen:
+
+        def evaluate(t: Any, state: PyTree, tap: Any) -> PyTree:
+            return vector_field(t, state, args, *tap)
+
+        make_taps = (lambda lead: ()) if taps is None else (lambda lead: (taps(lead),))
+        states = solve_equal_steps(
+            evaluate, initial_state, times, config.solver, config.num_steps, make_taps
         )
+        steps, failure = jnp.int32(config.num_steps), jnp.int32(SUCCESS)
     else:
         states, steps, failure = _diffeqsolve(vector_field, initial_state, times, config, args)
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(v)) for v in jax.tree.leaves(states)]))
     result = jnp.where((failure == SUCCESS) & ~finite, NOT_FINITE, failure)
     return Solution(states, steps, result)
-
-
-def _scan_equal_steps(
-    vector_field: Callable[[Any, PyTree, Any], PyTree],
-    initial_state: PyTree,
-    times: Float[Array, " T"],
-    solver: diffrax.AbstractSolver,
-    num_steps: int,
-    args: Any,
-) -> tuple[PyTree, Int[Array, ""], Int[Array, ""]]:
-    terms = diffrax.ODETerm(vector_field)
-    grid = jnp.arange(num_steps + 1, dtype=times.dtype) / num_steps
-
-    def step(carry: tuple[PyTree, PyTree], between: tuple[Array, Array]) -> Any:
-        state, memory = carry
-        state, _, dense, memory, result = solver.step(
-            terms, *between, state, args, memory, made_jump=False
-        )
-        return (state, memory), (dense, result == diffrax.RESULTS.successful)
-
-    memory = solver.init(terms, grid[0], grid[1], initial_state, args)
-    steps = (grid[:-1], grid[1:])
-    _, (dense, succeeded) = jax.lax.scan(step, (initial_state, memory), steps)
-
-    def read(time: Array) -> PyTree:
-        index = jnp.clip((time * num_steps).astype(jnp.int32), 0, num_steps - 1)
-        # Rounding may put a time one step too far; the interpolation is continuous there.
-        own = jax.tree.map(lambda leaf: leaf[index], dense)
-        between = {"t0": grid[index], "t1": grid[index + 1]}
-        return solver.interpolation_cls(**between, **own).evaluate(time)
-
-    failure = jnp.where(succeeded.all(), jnp.int32(SUCCESS), jnp.int32(FAILED))
-    return jax.vmap(read)(times), jnp.int32(num_steps), failure
 
 
 def _diffeqsolve(

@@ -7,6 +7,7 @@ the same pytree has a leading axis of length T, and *is* a mixture of T componen
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from jaxtyping import Array, Float
 from cpmm_jax.dynamics.solve import Solution, SolverConfig, solve
 from cpmm_jax.mixture.density import Components, reduce_log_prob
 from cpmm_jax.mixture.mfa import MFA
+
+FEW_ROWS = 64  # trajectories above which taps gain nothing, and would only take memory
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,13 @@ class TrajectoryState:
     augmented: Float[Array, " A"]
 
 
-def _move(t: Any, states: TrajectoryState, field: Any) -> TrajectoryState:
-    """Apply one field to all trajectories; states have leading axes (C, S)."""
-    over_trajectories = jax.vmap(lambda state: field(t, state))
-    return jax.vmap(over_trajectories)(states)
+def _move(t: Any, states: Any, field: Any, taps: Any = None) -> Any:
+    """Apply one field to all trajectories; states and taps have leading axes (C, S)."""
+    over_trajectories = jax.vmap(lambda state, tap: field(t, state, *tap))
+    return jax.vmap(over_trajectories)(states, () if taps is None else (taps,))
 
 
-def _move_by_class(t: Any, states: TrajectoryState, fields: Any) -> TrajectoryState:
+def _move_by_class(t: Any, states: Any, fields: Any) -> Any:
     """Apply each class's own field; states (C, S, ...), fields stacked along C."""
     over_trajectories = jax.vmap(lambda field, state: field(t, state), in_axes=(None, 0))
     return jax.vmap(over_trajectories)(fields, states)
@@ -101,7 +104,10 @@ def integrate(
     # One vector per trajectory, not a pytree: a step is many small operations on every leaf.
     unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0, 0], initial))[1]
     vectors = jax.vmap(jax.vmap(lambda state: ravel_pytree(state)[0]))(initial)
-    solution = solve(move, vectors, times, config, args=field)
+    rows = vectors.shape[:2]
+    few = not field_per_class and math.prod(rows) <= FEW_ROWS and hasattr(field, "taps")
+    taps = (lambda lead: field.taps((*lead, *rows))) if few else None
+    solution = solve(move, vectors, times, config, args=field, taps=taps)
     states = jax.vmap(jax.vmap(jax.vmap(unravel)))(jnp.moveaxis(solution.states, 0, 2))  # (C, S, T)
     components = jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 1, 3), states.component)
     return solution._replace(states=components)

@@ -199,9 +199,18 @@ class CPMM(nnx.Module):
         """
         if num_times < 1:
             raise ConfigError(f"`num_times` must be at least 1; got {num_times}.")
-        reading = _read(self, GridTimes()(None, num_times))
+        # Padded to a power of two, so that many numbers of times are few compiled programs.
+        padding = (1 << (num_times - 1).bit_length()) - num_times
+        reading = _read(self, jnp.pad(GridTimes()(None, num_times), (0, padding), mode="edge"))
         check_result(reading.result)
-        return reading.mixture
+
+        def without_padding(leaf: Array) -> Array:
+            padded = (leaf.shape[0], self.num_trajectories, num_times + padding)
+            by_time = leaf.reshape(*padded, *leaf.shape[2:])
+            return jax.lax.collapse(by_time[:, :, :num_times], 1, 3)
+
+        components = jax.tree.map(without_padding, reading.mixture.components)
+        return reading.mixture.replace(components=components)  # type: ignore[attr-defined,no-any-return]
 
     def continuous_log_prob(
         self, x: Float[ArrayLike, "N D"], *, reference_times: int = 32

@@ -18,7 +18,7 @@ from cpmm_jax.dynamics.solve import NOT_FINITE, SolverConfig
 from cpmm_jax.dynamics.trajectory import GridTimes
 from cpmm_jax.errors import ConfigError, SolverError
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
-from cpmm_jax.models.cpmm import CPMM
+from cpmm_jax.models.cpmm import CPMM, _read
 from cpmm_jax.models.reading import Reading
 from tests.models.small import QUICK, examples, leaves, log_prob, small, uneven, wild
 
@@ -259,6 +259,18 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         small(**settings)
     assert "\n" not in str(caught.value)
+
+
+def test_extraction_at_other_numbers_of_times_is_one_program() -> None:
+    model = small()
+    model.extract(5)
+    before = _read._cache_size()  # type: ignore[attr-defined]
+    for num_times in (6, 7, 8):
+        extracted = model.extract(num_times)
+        assert extracted.components.means.shape == (2, 3 * num_times, 2)
+        expected = model.mixture(GridTimes()(None, num_times))
+        chex.assert_trees_all_close(extracted, expected, rtol=1e-5, atol=1e-6)
+    assert _read._cache_size() == before  # type: ignore[attr-defined]
 
 
 def test_extraction_of_no_times() -> None:

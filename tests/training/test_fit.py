@@ -87,6 +87,18 @@ def test_blocks_do_not_matter() -> None:
     assert FreeMixture.traces == traces
 
 
+def test_going_between_sizes_traces_each_once() -> None:
+    """As a search over the numbers of components and the batch sizes does."""
+    sizes = [(times, batch) for times in (2, 5) for batch in (30, 50)]
+    settings = [replace(QUICK, steps=2, num_times=t, batch_size=b) for t, b in sizes]
+    for config in settings:
+        fit(start(), X, config=config)
+    traces = FreeMixture.traces
+    for config in settings:
+        fit(start(), X, config=config)
+    assert FreeMixture.traces == traces
+
+
 def test_only_parameters_are_trained() -> None:
     """Few rows too: all are one batch; and no validation: the last model is the best."""
     model = start(floor=0.25)
