@@ -15,14 +15,23 @@ if TYPE_CHECKING:
     from cpmm_jax.artifact import load_mixture, save_mixture
     from cpmm_jax.dynamics.solve import SolverConfig
     from cpmm_jax.dynamics.trajectory import GridTimes, StratifiedTimes, UniformTimes
+    from cpmm_jax.mixture.em import fit_em, fit_em_stream, polish
+    from cpmm_jax.mixture.em_loops import EMResult
+    from cpmm_jax.mixture.em_steps import Constraints
     from cpmm_jax.mixture.hierarchy import HierarchicalMFA
+    from cpmm_jax.mixture.initialise import kmeans_start, random_start
     from cpmm_jax.mixture.mfa import MFA
     from cpmm_jax.models.cpmm import CPMM
+    from cpmm_jax.models.direct import DirectMFA
+    from cpmm_jax.models.selection import choose_num_times, prune
     from cpmm_jax.training.config import TrainConfig
     from cpmm_jax.training.loop import FitResult, fit
 
 _HOME = {
     "CPMM": "cpmm_jax.models.cpmm",
+    "Constraints": "cpmm_jax.mixture.em_steps",
+    "DirectMFA": "cpmm_jax.models.direct",
+    "EMResult": "cpmm_jax.mixture.em_loops",
     "FitResult": "cpmm_jax.training.loop",
     "GridTimes": "cpmm_jax.dynamics.trajectory",
     "HierarchicalMFA": "cpmm_jax.mixture.hierarchy",
@@ -31,8 +40,15 @@ _HOME = {
     "StratifiedTimes": "cpmm_jax.dynamics.trajectory",
     "TrainConfig": "cpmm_jax.training.config",
     "UniformTimes": "cpmm_jax.dynamics.trajectory",
+    "choose_num_times": "cpmm_jax.models.selection",
     "fit": "cpmm_jax.training.loop",
+    "fit_em": "cpmm_jax.mixture.em",
+    "fit_em_stream": "cpmm_jax.mixture.em",
+    "kmeans_start": "cpmm_jax.mixture.initialise",
     "load_mixture": "cpmm_jax.artifact",
+    "polish": "cpmm_jax.mixture.em",
+    "prune": "cpmm_jax.models.selection",
+    "random_start": "cpmm_jax.mixture.initialise",
     "save_mixture": "cpmm_jax.artifact",
 }
 

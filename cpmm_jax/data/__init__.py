@@ -8,6 +8,7 @@ from cpmm_jax.data.dataset import Dataset, split
 from cpmm_jax.data.labels import recode_labels
 from cpmm_jax.data.readers import FILE_KINDS, load
 from cpmm_jax.data.standardise import Standardizer
+from cpmm_jax.data.tabular import load_tabular
 
 __all__ = [
     "BUILTIN_NAMES",
@@ -19,6 +20,7 @@ __all__ = [
     "check_examples",
     "check_labels",
     "load",
+    "load_tabular",
     "make",
     "recode_labels",
     "split",

@@ -54,10 +54,24 @@ def _centre(means: Float[Array, "K D"]) -> Float[Array, "1 D"]:
     )
 
 
-def _matrix_product_form(
+class Terms(NamedTuple):
+    """What the matrix products give.
+
+    Attributes:
+        log_prob: log w_k + log N_k, shape (N, K).
+        magnitude: size of the terms that cancelled in it, shape (N, K).
+        projected: W (x - mean), the whitened factors before their posterior is shrunk, (N, R, K).
+    """
+
+    log_prob: Float[Array, "N K"]
+    magnitude: Float[Array, "N K"]
+    projected: Float[Array, "N R K"]
+
+
+def matrix_product_form(
     x: Float[Array, "N D"], components: Components, factors: linalg.Factors
-) -> tuple[Float[Array, "N K"], Float[Array, "N K"]]:
-    """Return log w_k + log N_k and the size of the terms that cancelled in it."""
+) -> Terms:
+    """Evaluate all components at all examples by three matrix products."""
     log_weights, means, loadings, _ = components
     dim, rank = loadings.shape[1:]
     centre = _centre(jax.lax.stop_gradient(means))
@@ -74,13 +88,14 @@ def _matrix_product_form(
         projected = projected.reshape(-1, *shift.shape) - shift[None]
         correction = jnp.sum(projected * projected, axis=1)
     else:
+        projected = jnp.zeros((x.shape[0], 0, quadratic.shape[1]), quadratic.dtype)
         correction = jnp.zeros_like(quadratic)
     constant = (log_weights - 0.5 * (factors.log_det + dim * linalg.LOG_TWO_PI))[None, :]
     magnitude = quadratic + 2.0 * b_square + jnp.abs(constant)
-    return constant - 0.5 * (quadratic - correction), magnitude
+    return Terms(constant - 0.5 * (quadratic - correction), magnitude, projected)
 
 
-def _residual_form(x: Float[Array, "N D"], components: Components) -> Float[Array, "N K"]:
+def residual_form(x: Float[Array, "N D"], components: Components) -> Float[Array, "N K"]:
     """Return log w_k + log N_k from residuals in float64, in the dtype of x."""
 
     def evaluate(x: Array, components: Components) -> Array:
@@ -91,7 +106,7 @@ def _residual_form(x: Float[Array, "N D"], components: Components) -> Float[Arra
     return linalg.in_float64(evaluate)(x, components)  # type: ignore[no-any-return]
 
 
-def _is_spoiled(
+def is_spoiled(
     fast: Float[Array, "N K"], magnitude: Float[Array, "N K"], num_sums: int
 ) -> Bool[Array, ""]:
     """Tell whether rounding may have spoiled a value that matters to one of the sums."""
@@ -108,7 +123,7 @@ def _restored(
     fast: Float[Array, "N K"], x: Float[Array, "N D"], components: Components
 ) -> Float[Array, "N K"]:
     """Return the residual form, with the derivatives of the matrix-product form `fast`."""
-    return _residual_form(x, components)
+    return residual_form(x, components)
 
 
 @_restored.defjvp
@@ -123,10 +138,10 @@ def _reduce_block(
     factors: linalg.Factors,
     num_sums: int,
 ) -> Any:
-    fast, magnitude = _matrix_product_form(x, components, factors)
+    fast, magnitude, _ = matrix_product_form(x, components, factors)
     # The reduction is inside the branches: N x K numbers that leave a branch would be copied.
     return jax.lax.cond(
-        _is_spoiled(*jax.lax.stop_gradient((fast, magnitude)), num_sums),
+        is_spoiled(*jax.lax.stop_gradient((fast, magnitude)), num_sums),
         lambda fast, x, components: reduce(_restored(fast, x, components)),
         lambda fast, x, components: reduce(fast),
         fast,

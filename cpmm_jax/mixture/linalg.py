@@ -104,9 +104,10 @@ def capacitance(
     return matrix + size * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
 
 
-def _factorise(
+def factorise_in_dtype(
     loadings: Float[Array, "D R"], log_noise: Float[Array, " D"]
 ) -> tuple[Factors, Float[Array, "R R"]]:
+    """Prepare one component's density in the dtype of the arguments; return G^-1 besides."""
     precision = jnp.exp(-log_noise)
     if loadings.shape[-1] == 0:
         empty = jnp.zeros((0, 0), loadings.dtype)
@@ -121,7 +122,7 @@ def _factorise(
 def _factors_and_inverse(
     loadings: Float[Array, "D R"], log_noise: Float[Array, " D"]
 ) -> tuple[Factors, Float[Array, "R R"]]:
-    return in_float64(_factorise)(loadings, log_noise)  # type: ignore[no-any-return]
+    return in_float64(factorise_in_dtype)(loadings, log_noise)  # type: ignore[no-any-return]
 
 
 @_factors_and_inverse.defjvp
@@ -187,7 +188,7 @@ def log_prob(
     Returns:
         Log-densities, shape (N,).
     """
-    factors, _ = _factorise(loadings, log_noise)
+    factors, _ = factorise_in_dtype(loadings, log_noise)
     residual = x - mean[None, :]
     quadratic = (residual * residual) @ factors.precision
     quadratic = quadratic - jnp.sum((residual @ factors.projection.T) ** 2, axis=-1)

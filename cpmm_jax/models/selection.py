@@ -1,0 +1,116 @@
+"""The number of components, chosen after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int
+
+from cpmm_jax.errors import ConfigError
+from cpmm_jax.mixture.hierarchy import HierarchicalMFA
+from cpmm_jax.mixture.mfa import MFA
+from cpmm_jax.models.cpmm import CPMM
+
+NUM_TIMES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+class Selection(NamedTuple):
+    """Mixtures of one trained model, compared by validation.
+
+    Attributes:
+        num_times: the best number of pseudotimes.
+        mixture: the mixture extracted with it.
+        scores: mean validation log-likelihood in nats of every number tried.
+    """
+
+    num_times: int
+    mixture: HierarchicalMFA
+    scores: dict[int, float]
+
+
+def choose_num_times(
+    model: CPMM,
+    x_valid: Float[ArrayLike, "N D"],
+    y_valid: Int[ArrayLike, " N"] | None = None,
+    *,
+    candidates: Sequence[int] = NUM_TIMES,
+) -> Selection:
+    """Extract one trained CPMM at several numbers of pseudotimes, and take the best by validation.
+
+    The mixture has C S T components at T pseudotimes: their number is a choice at extraction, for
+    which a direct mixture would have to be fitted anew.
+
+    Args:
+        model: a trained CPMM.
+        x_valid: validation examples in the units of the model, shape (N, D).
+        y_valid: class codes, shape (N,), to compare by log p(x, y); None for log p(x).
+        candidates: numbers of pseudotimes, T.
+
+    Returns:
+        A `Selection`; of equal scores the smaller mixture.
+
+    Raises:
+        ConfigError: no candidates, or one below 1.
+        SolverError: the ODE could not be solved.
+    """
+    if not candidates:
+        raise ConfigError("`candidates` must list at least one number of pseudotimes; got none.")
+    scores: dict[int, float] = {}
+    best: Selection | None = None
+    for num_times in sorted(candidates):
+        mixture = model.extract(num_times)
+        if y_valid is None:
+            log_prob = np.asarray(mixture.log_prob(x_valid))
+        else:
+            joint = np.asarray(mixture.class_log_prob(x_valid))
+            log_prob = np.take_along_axis(joint, np.asarray(y_valid)[:, None], axis=1)
+        scores[num_times] = float(log_prob.mean())
+        if best is None or scores[num_times] > scores[best.num_times]:
+            best = Selection(num_times, mixture, scores)
+    assert best is not None
+    return best
+
+
+Mixture = TypeVar("Mixture", MFA, HierarchicalMFA)
+
+
+def prune(mixture: Mixture, min_weight: float = 1e-4) -> Mixture:
+    """Leave out components of negligible weight; the weights of the others are scaled up.
+
+    Args:
+        mixture: an `MFA`, or a `HierarchicalMFA`, all of whose classes keep as many components as
+            the class that needs most, their heaviest.
+        min_weight: smallest weight that is kept, of the whole mixture or within a class.
+
+    Returns:
+        A mixture of the same kind; the heaviest component is always kept.
+
+    Raises:
+        ConfigError: `min_weight` is not in [0, 1).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> mix = MFA(jnp.log(jnp.array([0.7, 1e-6, 0.3])), jnp.zeros((3, 1)),
+        ...           jnp.zeros((3, 1, 0)), jnp.zeros((3, 1)))
+        >>> prune(mix).num_components
+        2
+    """
+    if not 0 <= min_weight < 1:
+        raise ConfigError(f"`min_weight` must lie in [0, 1); got {min_weight}.")
+    if isinstance(mixture, MFA):
+        weights = np.asarray(jax.nn.softmax(mixture.logits))
+        kept = np.flatnonzero((weights >= min_weight) | (weights == weights.max()))
+        return jax.tree.map(lambda leaf: leaf[kept], mixture)
+    weights = np.asarray(jax.nn.softmax(mixture.components.logits))
+    count = max(1, int((weights >= min_weight).sum(axis=1).max()))
+    order = np.sort(np.argsort(-weights, axis=1, kind="stable")[:, :count], axis=1)
+
+    def take(leaf: Any) -> Any:
+        return jnp.take_along_axis(leaf, order.reshape(*order.shape, *[1] * (leaf.ndim - 2)), 1)
+
+    return HierarchicalMFA(mixture.class_logits, jax.tree.map(take, mixture.components))
