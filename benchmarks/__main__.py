@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-BENCHMARKS = ("density", "training_step", "solvers", "inference", "startup", "scaling")
+BENCHMARKS = ("density", "training_step", "solvers", "em", "inference", "startup", "scaling")
 
 if __name__ == "__main__":
     began, failed = time.perf_counter(), []

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 
 import cpmm_jax as cpmm
 from benchmarks.ode_gradient import (
@@ -179,8 +180,9 @@ class Training:
     def first_step(self) -> tuple[float, cpmm.CPMM]:
         """Do the first step; return its loss and its clipped gradient."""
         loss = float(self.run(1).loss)
-        mean = optax.tree.get(self.state.opt_state, "mu")
-        return loss, self.merged(jax.tree.map(lambda leaf: leaf / (1 - ADAM_DECAY), mean))
+        mean = optax.tree.get(self.state.opt_state, "mu")  # one vector: the state is flattened
+        unravel = ravel_pytree(self.parts.params)[1]
+        return loss, self.merged(unravel(mean / (1 - ADAM_DECAY)))
 
     def draw(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the pseudotimes, examples and labels of a step."""

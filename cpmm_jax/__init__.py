@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cpmm_jax.mixture.mfa import MFA
     from cpmm_jax.models.cpmm import CPMM
     from cpmm_jax.models.direct import DirectMFA
-    from cpmm_jax.models.selection import choose_num_times, prune
+    from cpmm_jax.models.selection import choose_num_times, polish_by_validation, prune
     from cpmm_jax.training.config import TrainConfig
     from cpmm_jax.training.loop import FitResult, fit
 
@@ -47,6 +47,7 @@ _HOME = {
     "kmeans_start": "cpmm_jax.mixture.initialise",
     "load_mixture": "cpmm_jax.artifact",
     "polish": "cpmm_jax.mixture.em",
+    "polish_by_validation": "cpmm_jax.models.selection",
     "prune": "cpmm_jax.models.selection",
     "random_start": "cpmm_jax.mixture.initialise",
     "save_mixture": "cpmm_jax.artifact",

@@ -277,7 +277,7 @@ def _bsds300(files: list[Path], seed: int) -> Dataset:
     except ImportError as error:
         raise DataError(
             "`bsds300` must be read with h5py; got no such package here; "
-            "install it with: pip install h5py."
+            "install it with: pip install 'cpmm_jax[hdf5]'."
         ) from error
     (path,) = files
     with reading(path, "HDF5 file"), h5py.File(path, "r") as stored:

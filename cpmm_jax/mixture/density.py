@@ -107,14 +107,20 @@ def residual_form(x: Float[Array, "N D"], components: Components) -> Float[Array
 
 
 def is_spoiled(
-    fast: Float[Array, "N K"], magnitude: Float[Array, "N K"], num_sums: int
+    fast: Float[Array, "N K"],
+    magnitude: Float[Array, "N K"],
+    num_sums: int,
+    absolute: float = RELATIVE_ERROR,
 ) -> Bool[Array, ""]:
-    """Tell whether rounding may have spoiled a value that matters to one of the sums."""
+    """Tell whether rounding may have spoiled a value that matters to one of the sums.
+
+    `absolute` is an error in nats that is borne, however small the value.
+    """
     grouped = fast.reshape(fast.shape[0], num_sums, fast.shape[1] // num_sums)
     best = jnp.max(grouped, axis=-1, keepdims=True)
     relevant = ~(grouped < best - RELEVANCE)  # also where an overflow made both infinite or NaN
     error = float(jnp.finfo(fast.dtype).eps) * magnitude.reshape(grouped.shape)
-    excessive = ~(error <= RELATIVE_ERROR * jnp.maximum(1.0, jnp.abs(best)))
+    excessive = ~(error <= jnp.maximum(absolute, RELATIVE_ERROR * jnp.abs(best)))
     return jnp.any(relevant & excessive)
 
 

@@ -20,7 +20,7 @@ from cpmm_jax.mixture import linalg
 from cpmm_jax.mixture.em_steps import LEAST_COUNT, Constraints, Statistics, expect, maximise
 from cpmm_jax.mixture.mfa import MFA
 
-BLOCK_ROWS = 4096  # examples in a block, unless `chunk_size` says otherwise
+BLOCK_ROWS = 2048  # examples in a block, unless `chunk_size` says otherwise
 DECAY = 0.7  # of the step size of mini-batches, (t + 1)^-DECAY
 
 
@@ -122,14 +122,18 @@ def _exact_loop(
         mean, done = statistics.log_prob / total, loop.iterations + 1
         renewed = renewed & ~begins
         unknown = renewed | (done <= 0)
-        return _Loop(
+        gain = jnp.where(unknown, jnp.inf, mean - loop.history[jnp.maximum(done - 1, 0)])
+        fresh = _Loop(
             mixture,
             statistics,
             loop.history.at[jnp.maximum(done, 0)].set(mean),
             done,
             loop.reseeded + renewed,
-            jnp.where(unknown, jnp.inf, mean - loop.history[jnp.maximum(done - 1, 0)]),
+            gain,
         )
+        # EM never lowers the likelihood; rounding may, at the end, and is not followed.
+        kept = loop._replace(gain=gain)
+        return jax.tree.map(lambda a, b: jnp.where(gain >= 0, a, b), fresh, kept)
 
     return jax.lax.while_loop(goes_on, iterate, begin)
 
@@ -261,7 +265,7 @@ def stream_em(
     with jax.enable_x64(True):
         mixture, floor = jax.tree.map(jnp.asarray, (start, np.array(floor)))
         history: list[float] = []
-        reseeded, renewed, gain = 0, False, np.inf
+        reseeded, renewed, gain, before = 0, False, np.inf, mixture
         while True:
             statistics = total = None
             for x, weight in chunks():
@@ -272,8 +276,11 @@ def stream_em(
                 raise DataError("`chunks` must give at least one array of examples; got none.")
             history.append(float(statistics.log_prob) / total)
             gain = np.inf if renewed or len(history) == 1 else history[-1] - history[-2]
+            if gain < 0:  # by rounding, as in `_exact_loop`
+                mixture, history = before, history[:-1]
             if gain < tol or len(history) > max_iter:
                 break
+            before = mixture
             mixture, renewed = _advance_jitted(mixture, statistics, floor, constraints)
             renewed = bool(renewed)
             reseeded += renewed

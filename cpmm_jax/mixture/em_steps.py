@@ -29,6 +29,7 @@ from cpmm_jax.mixture import density, linalg
 from cpmm_jax.mixture.density import Components
 from cpmm_jax.mixture.mfa import MFA
 
+ABSOLUTE_ERROR = 1e-2  # nats, a bound for one example: tells in no responsibility
 LEAST_COUNT = 1.0  # examples below which a component has died
 SPOILED_ABOVE = 1e4  # mean square over noise where float32 would be 1e-3 of a variance off
 
@@ -97,14 +98,17 @@ def _block_sums(
 ) -> _Sums:
     """Sum over one block; a row of weight zero counts for nothing."""
     fast, magnitude, y = density.matrix_product_form(x, components, factors)
-    log_joint = jax.lax.cond(
-        density.is_spoiled(fast, magnitude, 1),
-        lambda: density.residual_form(x, components),
-        lambda: fast,
-    )
     rank, num_components = y.shape[1:]
-    log_prob = jax.nn.logsumexp(log_joint, axis=1)
-    r = jnp.exp(log_joint - log_prob[:, None]) * weight[:, None]
+
+    def responsibilities(log_joint: Array) -> tuple[Array, Array]:
+        log_prob = jax.nn.logsumexp(log_joint, axis=1)
+        return jnp.exp(log_joint - log_prob[:, None]) * weight[:, None], log_prob
+
+    r, log_prob = jax.lax.cond(
+        density.is_spoiled(fast, magnitude, 1, ABSOLUTE_ERROR),
+        lambda: responsibilities(density.residual_form(x, components)),
+        lambda: responsibilities(fast),
+    )
 
     def products(dtype: Any) -> Any:
         def call() -> Any:
@@ -120,7 +124,7 @@ def _block_sums(
     lowest = jnp.argmin(counted)
     xy = jnp.moveaxis(xy.reshape(rank, num_components, x.shape[1]), 1, 0)
     return _Sums(
-        jnp.sum(r, axis=0, dtype=jnp.float64),
+        jnp.sum(r, axis=0).astype(jnp.float64),
         first,
         second,
         xy,

@@ -1,4 +1,4 @@
-"""The number of components, chosen after training."""
+"""What is chosen after training: the number of components, and how far EM goes on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from cpmm_jax.errors import ConfigError
+from cpmm_jax.mixture.em import polish
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.mfa import MFA
 from cpmm_jax.models.cpmm import CPMM
 
 NUM_TIMES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+ROUNDS = (0, 3, 10, 30)
 
 
 class Selection(NamedTuple):
@@ -64,12 +66,7 @@ def choose_num_times(
     best: Selection | None = None
     for num_times in sorted(candidates):
         mixture = model.extract(num_times)
-        if y_valid is None:
-            log_prob = np.asarray(mixture.log_prob(x_valid))
-        else:
-            joint = np.asarray(mixture.class_log_prob(x_valid))
-            log_prob = np.take_along_axis(joint, np.asarray(y_valid)[:, None], axis=1)
-        scores[num_times] = float(log_prob.mean())
+        scores[num_times] = _score(mixture, x_valid, y_valid)
         if best is None or scores[num_times] > scores[best.num_times]:
             best = Selection(num_times, mixture, scores)
     assert best is not None
@@ -77,6 +74,72 @@ def choose_num_times(
 
 
 Mixture = TypeVar("Mixture", MFA, HierarchicalMFA)
+
+
+def _score(mixture: MFA | HierarchicalMFA, x: Any, y: Any) -> float:
+    """Return the mean of log p(x, y), or of log p(x) without labels."""
+    if y is None or isinstance(mixture, MFA):
+        return float(np.mean(np.asarray(mixture.log_prob(x))))
+    joint = np.asarray(mixture.class_log_prob(x))
+    return float(np.mean(np.take_along_axis(joint, np.asarray(y)[:, None], axis=1)))
+
+
+class Polished(NamedTuple):
+    """A mixture after as much EM as validation found good.
+
+    Attributes:
+        mixture: an `MFA` or a `HierarchicalMFA`.
+        rounds: iterations of EM, 0 for none.
+        scores: mean validation log-likelihood in nats of every number tried.
+    """
+
+    mixture: Any
+    rounds: int
+    scores: dict[int, float]
+
+
+def polish_by_validation(
+    mixture: Mixture,
+    x: Float[ArrayLike, "N D"],
+    y: Int[ArrayLike, " N"] | None = None,
+    *,
+    x_valid: Float[ArrayLike, "M D"],
+    y_valid: Int[ArrayLike, " M"] | None = None,
+    rounds: Sequence[int] = ROUNDS,
+) -> Polished:
+    """Polish an extracted mixture by EM, and stop where validation is best.
+
+    The shared field of a CPMM keeps its components from fitting single examples; EM lets go of
+    that, and fits what the field could not. How much of it pays depends on the data.
+
+    Args:
+        mixture: where to begin, an extracted CPMM say.
+        x: training examples in its units, shape (N, D).
+        y: class codes, or None; see `polish`.
+        x_valid: validation examples, shape (M, D).
+        y_valid: their class codes, given where `y` is.
+        rounds: numbers of iterations to try.
+
+    Returns:
+        The best mixture, the number of iterations, and all scores.
+
+    Raises:
+        ConfigError: no number of iterations to try, or a negative one.
+    """
+    if not rounds or min(rounds) < 0:
+        raise ConfigError(f"`rounds` must list numbers of iterations, each >= 0; got {rounds}.")
+    scores: dict[int, float] = {}
+    best: Polished | None = None
+    done = 0
+    for count in sorted(rounds):
+        if count > done:
+            mixture = polish(mixture, x, y, max_iter=count - done, tol=0.0)
+        done = count
+        scores[count] = _score(mixture, x_valid, y_valid)
+        if best is None or scores[count] > scores[best.rounds]:
+            best = Polished(mixture, count, scores)
+    assert best is not None
+    return best
 
 
 def prune(mixture: Mixture, min_weight: float = 1e-4) -> Mixture:

@@ -170,4 +170,5 @@ def _adam(clip_norm: float | None) -> optax.GradientTransformation:
     # Cached, since a compiled training step is found again only by the identity of the optimiser's
     # functions: a second `fit` of the same kind then compiles nothing.
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
-    return optax.chain(clip, optax.scale_by_adam())
+    # Flattened: one vector in place of many leaves is less to compile and to call.
+    return optax.flatten(optax.chain(clip, optax.scale_by_adam()))

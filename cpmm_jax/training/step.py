@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from cpmm_jax.data.batches import batch_indices
@@ -95,7 +96,7 @@ def training_step(
         updates = jax.tree.map(lambda update: -rate.astype(update.dtype) * update, updates)
     params = optax.apply_updates(state.params, updates)
 
-    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
+    finite = jnp.isfinite(ravel_pytree(params)[0]).all()
     checks = jnp.stack([solve.ok, jnp.isfinite(loss), jnp.isfinite(grad_norm), finite])
     accepted = checks.all()
     cause = jnp.argmin(checks)  # the first check that fails

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 
 import cpmm_jax as cpmm
-from cpmm_jax.mixture.em import fit_em, polish
+from cpmm_jax.mixture.em import fit_em
 from cpmm_jax.mixture.initialise import kmeans_start, random_start
 from cpmm_jax.models.direct import DirectMFA
+from cpmm_jax.models.selection import polish_by_validation
 from cpmm_jax.recipe import TAIL_NOISE, fit_mixture, recommend
 from experiments.compare.methods import Rows, Size, component_counts
 from experiments.compare.search import Axes, Budget, Choice, Density, Fitted, search
@@ -88,7 +89,7 @@ class ContinuousMixture:
 
     size: Size | None = None
     steps: int | None = None
-    polished: bool = False  # by ten iterations of EM on the extracted mixture
+    polished: bool = False  # by EM on the extracted mixture, as long as validation gains
 
     def fit(self, data: Rows, seed: int, budget: Budget) -> Fitted:
         """Return the best candidate."""
@@ -124,7 +125,7 @@ class ContinuousMixture:
         found = fit_mixture(data.x_train, None, data.x_valid, None, recipe, progress=False)
         mixture: Any = found.mixture
         if self.polished:
-            mixture = polish(mixture, data.x_train, max_iter=10)
+            mixture = polish_by_validation(mixture, data.x_train, x_valid=data.x_valid).mixture
         return _density(mixture, data, tails=self.size is None)
 
 

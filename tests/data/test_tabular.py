@@ -193,7 +193,7 @@ def test_bsds300_without_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_bsds300_without_h5py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(DataError, match="pip install h5py"):
+    with pytest.raises(DataError, match=r"pip install 'cpmm_jax\[hdf5\]'"):
         load_tabular("bsds300", text(tmp_path, "", "BSDS300.hdf5"))
 
 

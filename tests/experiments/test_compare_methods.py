@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from cpmm_jax.mixture.initialise import random_start
+from cpmm_jax.models.selection import Polished
 from experiments.compare import factor_analyzers
 from experiments.compare.cells import Cell, Settings
 from experiments.compare.methods import METHODS, Rows, make_method
@@ -127,7 +128,8 @@ def test_the_recipe_of_the_cpmm(
         return SimpleNamespace(mixture=random_start(x, 2, 1, seed=0))
 
     monkeypatch.setattr(factor_analyzers, "fit_mixture", untrained)
-    monkeypatch.setattr(factor_analyzers, "polish", lambda mixture, x, max_iter: mixture)
+    unpolished = lambda mixture, x, x_valid: Polished(mixture, 0, {})  # noqa: E731
+    monkeypatch.setattr(factor_analyzers, "polish_by_validation", unpolished)
     found, _ = fit_blobs("cpmm_polish" if polished else "cpmm", size=size, budget=60.0)
     first, *others = recipes
     assert (first.steps, first.tails, first.refit) == (20, 0.0, False)

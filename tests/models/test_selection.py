@@ -9,7 +9,7 @@ import pytest
 from cpmm_jax.errors import ConfigError
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.mfa import MFA
-from cpmm_jax.models.selection import choose_num_times, prune
+from cpmm_jax.models.selection import choose_num_times, polish_by_validation, prune
 from tests.models.small import examples, small
 
 
@@ -40,7 +40,20 @@ def test_pruned_classes_keep_their_heaviest() -> None:
     )
 
 
+def test_polish_stops_where_validation_is_best() -> None:
+    x, x_valid = examples(60), examples(40) + 0.5
+    mixture = small().extract(2)
+    found = polish_by_validation(mixture, x, x_valid=x_valid, rounds=(4, 0, 1))
+    assert list(found.scores) == [0, 1, 4]
+    assert found.rounds == max(found.scores, key=found.scores.__getitem__)
+    assert found.scores[0] == pytest.approx(float(np.mean(mixture.log_prob(x_valid))), rel=1e-5)
+    best = float(np.mean(found.mixture.log_prob(x_valid)))
+    assert best == pytest.approx(found.scores[found.rounds], rel=1e-5)
+
+
 def test_bad_settings() -> None:
+    with pytest.raises(ConfigError, match="`rounds` must list numbers of iterations"):
+        polish_by_validation(small().extract(1), examples(3), x_valid=examples(3), rounds=(-1,))
     with pytest.raises(ConfigError, match="`candidates` must list at least one"):
         choose_num_times(small(), examples(3), candidates=())
     with pytest.raises(ConfigError, match=r"`min_weight` must lie in \[0, 1\); got 1.0"):
