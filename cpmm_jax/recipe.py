@@ -1,29 +1,37 @@
 """From a table to a fitted mixture in its units: default settings, and the whole path.
 
 Data are standardised, the model's size follows from the data where it is not given, the
-trajectories start at examples, and the fitted mixture is carried back to the units of the data.
+trajectories start at examples or at clusters of them, EM goes on from the extracted mixture as long
+as validation gains, and the result is carried back to the units of the data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from cpmm_jax.data.checks import check_enough_rows
+from cpmm_jax.data.dataset import Dataset, split
 from cpmm_jax.data.standardise import Standardizer
 from cpmm_jax.errors import ConfigError
+from cpmm_jax.mixture.em import polish
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
+from cpmm_jax.mixture.initialise import kmeans_start
 from cpmm_jax.models.cpmm import CPMM
+from cpmm_jax.models.selection import polish_by_validation
 from cpmm_jax.training.config import TrainConfig
 from cpmm_jax.training.loop import FitResult, fit
 
 TAIL_NOISE = 0.1  # of a column's variance, which is 1 in the units of the model
+SHORT_SCALE, LONG_SCALE = 0.1, 0.3  # of the field's output where the start is local
 REFIT_BELOW = 5000  # rows under which a validation part is too much to leave out of the fit
 
 
@@ -38,6 +46,9 @@ class Recipe:
         train_times: pseudotimes drawn in a training step; fewer where rows are scarce, as a
             regulariser.
         rank: factors of a component, R.
+        local_start: whether trajectories start as local factor analyses, of clusters by k-means,
+            and move little at first; else at examples, and move across the data.
+        polish: whether EM goes on from the extracted mixture, as long as validation gains.
         tails: probability of the broad twin that every component is given after training (see
             `MFA.with_tails`); 0 for none.
         widths: hidden units of the field.
@@ -55,6 +66,8 @@ class Recipe:
     num_times: int
     train_times: int
     rank: int
+    local_start: bool
+    polish: bool
     tails: float
     widths: tuple[int, ...]
     steps: int
@@ -87,9 +100,10 @@ def recommend(
 ) -> Recipe:
     """Choose the settings that are not given from N, D and the number of classes.
 
-    Where rows are plentiful for the number of features, many short trajectories fit best; where
-    they are scarce, few long ones with more factors do, since the shared field keeps them from
-    overfitting; unless `components` sets how many there are, each is given a broad twin then.
+    Where rows are plentiful for the number of features, many short trajectories fit best, that
+    start at clusters; where they are scarce, few long ones with more factors do, since the shared
+    field keeps them from overfitting; unless `components` sets how many there are, each is given a
+    broad twin then.
 
     Args:
         num_examples: training rows, N.
@@ -148,6 +162,8 @@ def recommend(
         num_times=times,
         train_times=_default_train_times(rows, dim, times),
         rank=_default_rank(rows, dim) if rank is None else rank,
+        local_start=_ample(rows, dim),
+        polish=_ample(rows, dim),
         tails=tails,
         widths=(128, 128) if dim < 16 else (256, 256),
         steps=(1500 if _few(rows, dim) else 3000) if steps is None else steps,
@@ -170,12 +186,19 @@ def _default_trajectories(rows: float, dim: int, components: int | None, classes
             f"`components` must be a multiple of the {classes} classes; got {components}."
         )
     per_class = components // classes
-    return max(s for s in range(1, wanted + 1) if per_class % s == 0)
+    if not _few(rows, dim):  # two times each, or eight where a component has few rows
+        wanted = per_class // (2 if rows >= 4 * dim * per_class else 8)
+    return max(s for s in range(1, max(1, wanted) + 1) if per_class % s == 0)
 
 
 def _few(rows: float, dim: int) -> bool:
     """Whether a class has few rows for its features: regularisation is then what counts."""
     return rows <= 20 * dim
+
+
+def _ample(rows: float, dim: int) -> bool:
+    """Whether components can be as narrow as the data ask without following single rows."""
+    return rows > 100 * dim
 
 
 def _default_times(rows: float, dim: int, trajectories: int) -> int:
@@ -255,7 +278,12 @@ def fit_mixture(
     standardizer = Standardizer.fit(x_train, names=feature_names)
     floor = standardizer.noise_floor()
     z, y = standardizer.transform(x_train), y_train
-    z_valid = None if x_valid is None else standardizer.transform(x_valid)
+    if x_valid is None:  # the rows that `fit` would take
+        cut = config.valid_fraction
+        parts = split(Dataset("z", z, y), seed=recipe.seed, valid_fraction=cut, test_fraction=0.0)
+        z, y, z_valid, y_valid = parts.x_train, parts.y_train, parts.x_valid, parts.y_valid
+    else:
+        z_valid = standardizer.transform(x_valid)
     result = fit(
         build_model(z, y, floor, recipe),
         z,
@@ -267,13 +295,17 @@ def fit_mixture(
         progress=progress,
     )
     model = result.model
-    if recipe.refit and result.best_step > 0:
-        if z_valid is not None:
-            z = np.concatenate([z, z_valid])
-            y = None if y is None or y_valid is None else np.concatenate([y, y_valid])
+    extracted: Any = model.extract(recipe.num_times)
+    rounds = 0
+    if recipe.polish and z_valid is not None:
+        polished = polish_by_validation(extracted, z, y, x_valid=z_valid, y_valid=y_valid)
+        extracted, rounds = polished.mixture, polished.rounds
+    if recipe.refit and result.best_step > 0 and z_valid is not None:
+        z = np.concatenate([z, z_valid])
+        y = None if y is None or y_valid is None else np.concatenate([y, y_valid])
         final = replace(config, steps=result.best_step, valid_fraction=0.0, patience=None)
         model = fit(build_model(z, y, floor, recipe), z, y, config=final, progress=progress).model
-    extracted: Any = model.extract(recipe.num_times)
+        extracted = polish(model.extract(recipe.num_times), z, y, max_iter=rounds, tol=0.0)
     if recipe.tails:
         extracted = extracted.with_tails(TAIL_NOISE, recipe.tails)
     return FittedMixture(
@@ -288,7 +320,7 @@ def fit_mixture(
 def build_model(
     z: np.ndarray, y: np.ndarray | None, noise_floor: np.ndarray, recipe: Recipe
 ) -> CPMM:
-    """Build an untrained CPMM whose trajectories start at examples of their class.
+    """Build an untrained CPMM whose trajectories start at examples of their class, or at clusters.
 
     Args:
         z: standardised training examples, shape (N, D).
@@ -297,17 +329,34 @@ def build_model(
         recipe: sizes and seed.
     """
     rng = np.random.default_rng(recipe.seed)
-    starts = []
-    for c in range(recipe.num_classes):
-        rows = z if y is None else z[y == c]
-        starts.append(rows[rng.choice(len(rows), recipe.num_trajectories)])
-    return CPMM(
+    by_class = [z if y is None else z[y == c] for c in range(recipe.num_classes)]
+    short = recipe.num_times <= 2
+    make = partial(
+        CPMM,
         z.shape[1],
         recipe.rank,
         recipe.num_classes,
         recipe.num_trajectories,
         widths=recipe.widths,
-        initial_means=np.stack(starts),
         noise_floor=noise_floor,
         rngs=nnx.Rngs(recipe.seed),
     )
+    if not recipe.local_start:
+        count = recipe.num_trajectories
+        starts = [rows[rng.choice(len(rows), count)] for rows in by_class]
+        return make(initial_means=np.stack(starts))
+    count = recipe.num_trajectories
+    if y is None:  # every trajectory is a class
+        by_class, count = [z], recipe.num_classes
+    settings: Any = {"noise_floor": 2 * noise_floor, "seed": recipe.seed}
+    local = [kmeans_start(rows, count, recipe.rank, **settings) for rows in by_class]
+    lead = (recipe.num_classes, recipe.num_trajectories)
+    logits, means, loadings, log_noise = (
+        jnp.stack(leaves).reshape(*lead, *leaves[0].shape[1:])
+        for leaves in zip(*map(jax.tree.leaves, local), strict=True)
+    )
+    model = make(initial_means=means, output_scale=SHORT_SCALE if short else LONG_SCALE)
+    model.loadings, model.log_noise = nnx.Param(loadings), nnx.Param(log_noise)
+    weights = model.trajectory_logits if y is not None else model.class_logits
+    weights[...] = logits.reshape(weights.shape)
+    return model
