@@ -46,13 +46,8 @@ class Size(NamedTuple):
 
 
 SHORT = (Size(4096, 80, 64, 4),)
-FULL = (
-    Size(4096, 80, 64, 4),
-    Size(2048, 300, 784, 6),
-    Size(1000, 100, 63, 6),
-    Size(1000, 50, 784, 6),
-    Size(65536, 64, 2, 1),
-)
+FULL = (Size(4096, 80, 64, 4), Size(2048, 300, 784, 6), Size(1000, 100, 63, 6))
+GRADIENT_TOLERANCE = 1e-2  # between methods in float32, relative
 
 
 def draw(size: Size) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -205,7 +200,7 @@ def compare_gradients(results: Mapping[str, Any]) -> None:
         for name in PARAMETERS:
             got, want = np.asarray(gradients[name]), np.asarray(reference[name])
             difference = np.linalg.norm(got - want) / np.linalg.norm(want)
-            if not difference < 1e-3:
+            if not difference < GRADIENT_TOLERANCE:
                 raise AssertionError(f"{method}: gradient of {name} off by {difference:.2g}.")
 
 
@@ -279,6 +274,7 @@ def measure(full: bool) -> Report:
             # Memory needs a fresh process for each method.
             table, numbers = measure_one(size, direction, with_memory=full)
             tables.append(table)
+            print(f"measured: {direction}, {size}", flush=True)
             data[f"{direction}, {size}"] = numbers
     return Report("density", tables, data)
 

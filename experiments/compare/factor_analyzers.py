@@ -120,8 +120,8 @@ class ContinuousMixture:
 
     def _fit(self, data: Rows, seed: int, choice: Choice) -> Density:
         recipe = recommend(*data.x_train.shape, **choice, steps=self.steps, seed=seed)
-        # Tails by validation, and no second fit with the validation rows: as all methods here.
-        recipe = replace(recipe, tails=0.0, refit=False)
+        # Tails and EM as asked, and no second fit with the validation rows: as all methods here.
+        recipe = replace(recipe, tails=0.0, polish=False, refit=False)
         found = fit_mixture(data.x_train, None, data.x_valid, None, recipe, progress=False)
         mixture: Any = found.mixture
         if self.polished:
