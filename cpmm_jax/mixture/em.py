@@ -22,10 +22,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from cpmm_jax.errors import ConfigError, DataError
+from cpmm_jax.mixture.checks import check_noise_floor, check_rows
 from cpmm_jax.mixture.em_loops import BLOCK_ROWS, EMResult, exact_em, stepwise_em, stream_em
 from cpmm_jax.mixture.em_steps import Constraints
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
-from cpmm_jax.mixture.initialise import check_rows, default_noise_floor, kmeans_start
+from cpmm_jax.mixture.initialise import default_noise_floor, kmeans_start
 from cpmm_jax.mixture.mfa import MFA, check_parameters
 
 Start = Callable[..., MFA]
@@ -95,7 +96,7 @@ def fit_em(
     weight = _check_weight(sample_weight, len(rows))
     centre = np.average(rows, axis=0, weights=weight)
     floor = default_noise_floor(rows) if noise_floor is None else noise_floor
-    floor = _check_floor(floor, rows.shape[1])
+    floor = check_noise_floor(floor, rows.shape[1])
     dtype = jax.dtypes.canonicalize_dtype(rows.dtype)
     centred = np.subtract(rows, centre, dtype=rows.dtype).astype(dtype, copy=False)
     size = min(chunk_size or BLOCK_ROWS, len(rows))
@@ -153,16 +154,6 @@ def _check_weight(weight: Any, num_rows: int) -> npt.NDArray[np.float64]:
     return weight / weight[weight > 0].mean()  # type: ignore[no-any-return]
 
 
-def _check_floor(floor: Any, dim: int) -> npt.NDArray[np.float64]:
-    floor = np.asarray(floor, np.float64)
-    if floor.shape not in ((), (dim,)) or not np.all(floor > 0):
-        raise ConfigError(
-            f"`noise_floor` must be positive, a number or an array of shape ({dim},); "
-            f"got shape {floor.shape}, smallest {floor.min() if floor.size else None}."
-        )
-    return np.broadcast_to(floor, (dim,))
-
-
 def _check_settings(tol: float, max_iter: int, **counts: int | None) -> None:
     if max_iter < 0:
         raise ConfigError(f"`max_iter` must be at least 0; got {max_iter}.")
@@ -211,7 +202,7 @@ def fit_em_stream(
     wide: MFA = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), start)
     centre, covariance = np.asarray(start.mean(), np.float64), np.asarray(start.covariance())
     floor = 1e-4 * np.diag(covariance) if noise_floor is None else noise_floor
-    floor = _check_floor(floor, start.dim)
+    floor = check_noise_floor(floor, start.dim)
     longest = 1
 
     def centred() -> Iterator[tuple[Any, Any]]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from cpmm_jax.errors import ConfigError, DataError
+from cpmm_jax.mixture.checks import check_rows
 from cpmm_jax.mixture.density import map_blocks
 from cpmm_jax.mixture.mfa import MFA
 
@@ -37,39 +37,6 @@ def default_noise_floor(x: Float[ArrayLike, "N D"]) -> npt.NDArray[np.float64]:
     variance = np.var(np.asarray(x, np.float64), axis=0)
     least = max(float(variance.mean()), float(np.finfo(np.float64).tiny) / FLOOR)
     return FLOOR * np.where(variance > 1e-12 * least, variance, least)  # type: ignore[no-any-return]
-
-
-def check_rows(
-    x: Float[ArrayLike, "N D"], num_components: int | None, rank: int | None
-) -> npt.NDArray[Any]:
-    """Return examples as a floating-point array, after checks of them and of K and R.
-
-    Raises:
-        DataError: not of shape (N, D), not finite, or fewer examples than components.
-        ConfigError: K or R missing or out of range.
-    """
-    rows = np.asarray(x)
-    if rows.ndim != 2 or 0 in rows.shape:
-        raise DataError(f"`x` must have shape (N, D), with N and D at least 1; got {rows.shape}.")
-    if not np.issubdtype(rows.dtype, np.floating):
-        rows = rows.astype(np.float32)
-    if not np.isfinite(rows).all():
-        row, column = np.argwhere(~np.isfinite(rows))[0]
-        raise DataError(
-            f"`x` must be finite; got {rows[row, column]} in row {row}, column {column}. "
-            "Leave such rows out, or fill them in."
-        )
-    if num_components is None or num_components < 1:
-        raise ConfigError(f"`num_components` must be at least 1; got {num_components}.")
-    if rank is None or not 0 <= rank <= rows.shape[1]:
-        raise ConfigError(
-            f"`rank` must lie between 0 and D = {rows.shape[1]}, the features; got {rank}."
-        )
-    if len(rows) < num_components:
-        raise DataError(
-            f"`x` must have at least as many rows as components, {num_components}; got {len(rows)}."
-        )
-    return rows
 
 
 def kmeans_start(

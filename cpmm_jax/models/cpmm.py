@@ -8,7 +8,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -23,6 +22,7 @@ from cpmm_jax.dynamics.trajectory import (
     integrate_density,
 )
 from cpmm_jax.errors import ConfigError
+from cpmm_jax.mixture.checks import check_noise, check_noise_floor, check_sizes
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.mfa import MFA, check_features
 from cpmm_jax.models.reading import Reading
@@ -94,24 +94,13 @@ class CPMM(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        sizes = {"dim": dim, "num_classes": num_classes, "num_trajectories": num_trajectories}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ConfigError(f"`{name}` must be at least 1; got {value}.")
-        if not 0 <= rank <= dim:
-            raise ConfigError(f"`rank` must lie between 0 and D = {dim}, the features; got {rank}.")
+        check_sizes(dim, rank, num_classes=num_classes, num_trajectories=num_trajectories)
         if augmented is None:
             augmented = min(2 * (rank + 2) * dim, 128)
         if augmented < 0:
             raise ConfigError(f"`augmented` must be at least 0; got {augmented}.")
-        if not initial_noise > 0:
-            raise ConfigError(f"`initial_noise` must be a positive variance; got {initial_noise}.")
-        floor = np.asarray(noise_floor)
-        if floor.shape not in ((), (dim,)) or not np.all(floor > 0):
-            raise ConfigError(
-                f"`noise_floor` must be positive, a number or an array of shape ({dim},); "
-                f"got shape {floor.shape}, smallest {floor.min() if floor.size else None}."
-            )
+        check_noise(initial_noise)
+        floor = check_noise_floor(noise_floor, dim)
         self.dim, self.rank = dim, rank
         self.num_classes, self.num_trajectories = num_classes, num_trajectories
         self.field_per_class = field_per_class
@@ -136,7 +125,7 @@ class CPMM(nnx.Module):
         self.logits = nnx.Param(jnp.zeros(lead, param_dtype)) if evolve_weights else None
         self.class_logits = nnx.Param(jnp.zeros((num_classes,), param_dtype))
         self.trajectory_logits = nnx.Param(jnp.zeros(lead, param_dtype))
-        self.log_floor = nnx.Variable(jnp.log(jnp.full((dim,), floor, param_dtype)))
+        self.log_floor = nnx.Variable(jnp.log(jnp.asarray(floor, param_dtype)))
 
         size = (rank + 2) * dim + int(evolve_weights) + augmented
         make_field = partial(

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from cpmm_jax.errors import ConfigError
+from cpmm_jax.mixture.checks import check_noise, check_noise_floor, check_sizes
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.mfa import MFA
 from cpmm_jax.models.reading import Reading
@@ -61,20 +61,9 @@ class DirectMFA(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        sizes = {"dim": dim, "num_components": num_components, "num_classes": num_classes}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ConfigError(f"`{name}` must be at least 1; got {value}.")
-        if not 0 <= rank <= dim:
-            raise ConfigError(f"`rank` must lie between 0 and D = {dim}, the features; got {rank}.")
-        if not initial_noise > 0:
-            raise ConfigError(f"`initial_noise` must be a positive variance; got {initial_noise}.")
-        floor = np.asarray(noise_floor)
-        if floor.shape not in ((), (dim,)) or not np.all(floor > 0):
-            raise ConfigError(
-                f"`noise_floor` must be positive, a number or an array of shape ({dim},); "
-                f"got shape {floor.shape}, smallest {floor.min() if floor.size else None}."
-            )
+        check_sizes(dim, rank, num_components=num_components, num_classes=num_classes)
+        check_noise(initial_noise)
+        floor = check_noise_floor(noise_floor, dim)
         self.dim, self.rank = dim, rank
         self.num_classes, self.num_trajectories = num_classes, num_components
         lead = (num_classes, num_components)
@@ -85,7 +74,7 @@ class DirectMFA(nnx.Module):
         self.log_noise = nnx.Param(jnp.full((*lead, dim), math.log(initial_noise), param_dtype))
         self.logits = nnx.Param(jnp.zeros(lead, param_dtype))
         self.class_logits = nnx.Param(jnp.zeros((num_classes,), param_dtype))
-        self.log_floor = nnx.Variable(jnp.log(jnp.full((dim,), floor, param_dtype)))
+        self.log_floor = nnx.Variable(jnp.log(jnp.asarray(floor, param_dtype)))
 
     @classmethod
     def from_mixture(
