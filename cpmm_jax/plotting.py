@@ -340,6 +340,7 @@ def plot_work_precision(
             label=solver if solver not in ax.get_legend_handles_labels()[1] else None,
         )
     ax.set(xscale="log", yscale="log")
+    ax.xaxis.set_minor_formatter("")  # over less than a decade they would be printed on each other
     ax.set(xlabel="time per gradient (ms)", ylabel="relative error of the gradient")
     ax.legend(frameon=False, fontsize="small")
     return ax

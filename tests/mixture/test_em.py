@@ -148,9 +148,13 @@ def test_neither_blocks_nor_chunks_nor_the_origin_matter() -> None:
 def test_small_noise_keeps_its_variance() -> None:
     """Where a float32 sum of squares would be pure rounding."""
     rng = np.random.default_rng(0)
-    x = 1e-3 * rng.normal(size=(400, 2)) + np.repeat([[-1.0], [1.0]], 200, axis=0)
-    result = fit_em(x.astype(np.float32), 2, 0, noise_floor=1e-12)
-    np.testing.assert_allclose(np.exp(result.mixture.log_noise), 1e-6, rtol=0.2)
+    x = 1e-4 * rng.normal(size=(400, 2)) + np.repeat([[-1.0], [1.0]], 200, axis=0)
+    begin = kmeans_start(x.astype(np.float32), 2, 0, noise_floor=1e-14, seed=0)
+    begin = begin.replace(log_noise=begin.log_noise + 3.0)  # type: ignore[attr-defined]
+    result = fit_em(x.astype(np.float32), start=begin, noise_floor=1e-14)
+    expected = np.array([x[:200].var(axis=0), x[200:].var(axis=0)])
+    order = np.argsort(np.asarray(result.mixture.means)[:, 0])
+    np.testing.assert_allclose(np.exp(result.mixture.log_noise)[order], expected, rtol=0.01)
 
 
 def test_weights_are_repeated_rows() -> None:
@@ -171,10 +175,11 @@ def test_mini_batches_of_sorted_data_are_unbiased() -> None:
 
 def test_components_that_die_are_set_up_anew() -> None:
     lost = START.replace(means=START.means.at[0].set(1e3))  # type: ignore[attr-defined]
-    stuck = fit_em(X, start=lost, max_iter=100)
-    assert stuck.reseeded >= 1
-    assert np.diff(stuck.history).min() > -2e-6
-    assert np.exp(np.asarray(stuck.mixture.logits)).min() > 0.01
+    stream = fit_em_stream(lambda: np.split(X, 3), lost, max_iter=100, noise_floor=1e-3)
+    for stuck in (fit_em(X, start=lost, max_iter=100, noise_floor=1e-3), stream):
+        assert stuck.reseeded >= 1
+        assert np.diff(stuck.history).min() > -2e-6
+        assert np.exp(np.asarray(stuck.mixture.logits)).min() > 0.01
 
 
 def test_noise_floor_holds_where_values_recur() -> None:
