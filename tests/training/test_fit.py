@@ -89,7 +89,7 @@ def test_blocks_do_not_matter() -> None:
 
 def test_going_between_sizes_traces_each_once() -> None:
     """As a search over the numbers of components and the batch sizes does."""
-    sizes = [(times, batch) for times in (2, 5) for batch in (30, 50)]
+    sizes = [(2, 30), (5, 50)]
     settings = [replace(QUICK, steps=2, num_times=t, batch_size=b) for t, b in sizes]
     for config in settings:
         fit(start(), X, config=config)
