@@ -153,7 +153,7 @@ class Training:
     def restart(self, config: TrainConfig) -> None:
         """Go back to the start, with the learning rates of `config`."""
         self.settings = Settings(
-            key=jax.random.key(0),
+            keys=jax.random.split(jax.random.key(0)),
             num_examples=jnp.int32(len(self.examples.x)),
             max_refused=jnp.int32(config.max_refused),
             schedule=learning_rate_schedule(config),
@@ -193,7 +193,7 @@ class Training:
 @partial(jax.jit, static_argnums=0)
 def draw(plan: Plan, examples: Examples, settings: Settings, step: jax.Array) -> Any:
     """Draw pseudotimes, examples and labels as `cpmm_jax.training.step` does."""
-    batch_key, times_key = jax.random.split(settings.key)
+    batch_key, times_key = settings.keys
     rows = batch_indices(batch_key, step, plan.batch_size, settings.num_examples)
     times = plan.time_sampler(jax.random.fold_in(times_key, step), plan.num_times)
     return times, examples.x[rows], examples.y[rows]

@@ -65,9 +65,8 @@ def _permute(
     key: Array, positions: Int[Array, " B"], size: Int[Array, ""] | int
 ) -> Int[Array, " B"]:
     """Map positions in 0..size-1 by a random permutation of them that depends on `key` alone."""
-    pivot_key, salt_key = jax.random.split(key)
-    pivots = jax.random.randint(pivot_key, (_ROUNDS,), 0, size, jnp.int32)
-    salts = jax.random.bits(salt_key, (_ROUNDS,), jnp.uint32)
+    pivots, salts = jax.random.bits(key, (2, _ROUNDS), jnp.uint32)
+    pivots = (pivots % jnp.asarray(size, jnp.uint32)).astype(jnp.int32)
 
     def swap_or_not(index: int, here: Int[Array, " B"]) -> Int[Array, " B"]:
         # The partner of the partner is the position itself, and both see the same coin, so that a

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.flatten_util import ravel_pytree
+from jax.nn.initializers import zeros
 from jaxtyping import Array, Float, PyTree
 
 from cpmm_jax.dynamics.deferred import Tap, open_taps, tapped_matmul
+from cpmm_jax.dynamics.draws import draw_arrays
 from cpmm_jax.errors import ConfigError
 
 ACTIVATIONS = {"sin": jnp.sin, "tanh": jnp.tanh}
@@ -65,41 +69,26 @@ class MLPField(nnx.Module):
             names = ", ".join(repr(name) for name in ACTIVATIONS)
             raise ConfigError(f"`activation` must be one of {names}; got {activation!r}.")
         self.activation = activation
-        unit = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-        last = jax.nn.initializers.variance_scaling(2.0 * output_scale**2, "fan_in", "normal")
-        if output_scale == 0:
-            last = jax.nn.initializers.zeros
-        spread = jax.nn.initializers.uniform(2.0 * jnp.pi)
-        sizes = [size, *widths]
-        self.layers = nnx.List(
-            [
-                nnx.Linear(
-                    fan_in,
-                    fan_out,
-                    kernel_init=unit,
-                    bias_init=spread if activation == "sin" else jax.nn.initializers.zeros,
-                    param_dtype=param_dtype,
-                    rngs=rngs,
-                )
-                for fan_in, fan_out in pairwise(sizes)
-            ]
+        sizes = [size, *widths, size]
+        shapes = [*pairwise(sizes), *((1, width) for width in widths)]
+        kernels = draw_arrays(jax.random.normal, rngs.params(), shapes, param_dtype)
+        phases = draw_arrays(
+            jax.random.uniform, rngs.params(), [(width,) for width in widths], param_dtype
         )
-        self.times = nnx.List(
-            [
-                nnx.Linear(
-                    1,
-                    width,
-                    use_bias=False,
-                    kernel_init=jax.nn.initializers.normal(TIME_SCALE),
-                    param_dtype=param_dtype,
-                    rngs=rngs,
-                )
-                for width in widths
-            ]
+        make = partial(
+            nnx.Linear, kernel_init=zeros, bias_init=zeros, param_dtype=param_dtype, rngs=rngs
         )
-        self.output = nnx.Linear(
-            widths[-1], size, kernel_init=last, param_dtype=param_dtype, rngs=rngs
-        )
+        self.layers = nnx.List([make(*shape) for shape in pairwise(sizes[:-1])])
+        self.times = nnx.List([make(1, width, use_bias=False) for width in widths])
+        self.output = make(*shapes[len(widths)])
+        scales = [1.0] * len(widths) + [math.sqrt(2.0) * output_scale]
+        for layer, kernel, scale in zip((*self.layers, self.output), kernels, scales, strict=False):
+            layer.kernel[...] = kernel * (scale / math.sqrt(len(kernel)))
+        for layer, kernel in zip(self.times, kernels[len(widths) + 1 :], strict=True):
+            layer.kernel[...] = TIME_SCALE * kernel
+        if activation == "sin":
+            for layer, phase in zip(self.layers, phases, strict=True):
+                layer.bias[...] = 2.0 * math.pi * phase  # type: ignore[index]
 
     def taps(self, lead: tuple[int, ...]) -> list[Tap]:
         """Return taps for as many calls as `lead` has places: see `dynamics.deferred`."""

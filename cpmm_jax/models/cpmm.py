@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from cpmm_jax.dynamics.draws import draw_arrays
 from cpmm_jax.dynamics.fields import MLPField
 from cpmm_jax.dynamics.solve import Solution, SolverConfig, check_result
 from cpmm_jax.dynamics.trajectory import (
@@ -107,17 +108,15 @@ class CPMM(nnx.Module):
         self.solver = SolverConfig() if solver is None else solver
 
         lead = (num_classes, num_trajectories)
-        if initial_means is None:
-            means = jax.random.normal(rngs.params(), (*lead, dim), param_dtype)
-        else:
+        shapes = [(*lead, dim), (*lead, dim, rank), (*lead, augmented)]
+        means, loadings, hidden = draw_arrays(jax.random.normal, rngs.params(), shapes, param_dtype)
+        if initial_means is not None:
             means = jnp.asarray(initial_means, param_dtype)
             if means.shape != (*lead, dim):
                 raise ConfigError(
                     f"`initial_means` must have shape (C, S, D) = {(*lead, dim)}; "
                     f"got {means.shape}."
                 )
-        loadings = jax.random.normal(rngs.params(), (*lead, dim, rank), param_dtype)
-        hidden = jax.random.normal(rngs.params(), (*lead, augmented), param_dtype)
         self.means = nnx.Param(means)
         self.loadings = nnx.Param(loadings * math.sqrt(0.5 / max(rank, 1)))
         self.log_noise = nnx.Param(jnp.full((*lead, dim), math.log(initial_noise), param_dtype))

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from cpmm_jax.dynamics.draws import draw_arrays
 from cpmm_jax.mixture.checks import check_noise, check_noise_floor, check_sizes
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.mfa import MFA
@@ -67,8 +68,8 @@ class DirectMFA(nnx.Module):
         self.dim, self.rank = dim, rank
         self.num_classes, self.num_trajectories = num_classes, num_components
         lead = (num_classes, num_components)
-        means = jax.random.normal(rngs.params(), (*lead, dim), param_dtype)
-        loadings = jax.random.normal(rngs.params(), (*lead, dim, rank), param_dtype)
+        shapes = [(*lead, dim), (*lead, dim, rank)]
+        means, loadings = draw_arrays(jax.random.normal, rngs.params(), shapes, param_dtype)
         self.means = nnx.Param(means)
         self.loadings = nnx.Param(loadings * math.sqrt(0.5 / max(rank, 1)))
         self.log_noise = nnx.Param(jnp.full((*lead, dim), math.log(initial_noise), param_dtype))

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -148,7 +149,7 @@ class _Run:
         self.parts, self.config = parts, config
         self.train, self.valid = data.train, data.valid
         self.settings = Settings(
-            key=jax.random.key(config.seed),
+            keys=jax.random.split(jax.random.key(config.seed)),
             num_examples=jnp.int32(data.num_examples),
             max_refused=jnp.int32(config.max_refused),
             schedule=learning_rate_schedule(config) if optimizer is None else None,
@@ -166,7 +167,7 @@ class _Run:
         self.state: TrainState = initial_state(self.plan.optimizer, parts.params)
 
         compiling = time.perf_counter()
-        self._run_until(0)  # a block of no steps compiles the program of every later one
+        self._compile()
         self.best_score = self._score()
         self.compile_seconds = time.perf_counter() - compiling
         self.best_step, self.stale = 0, 0
@@ -244,25 +245,31 @@ class _Run:
             f"all); {remedy}."
         )
 
+    def _compile(self) -> None:
+        """Compile both programs side by side; the calls that follow find them."""
+        programs = [run_block.lower(*self._block_arguments(0))]
+        if self.valid is not None:
+            programs.append(validation_score.lower(*self._score_arguments()))
+        with ThreadPoolExecutor(len(programs)) as pool:
+            list(pool.map(lambda program: program.compile(), programs))
+
+    def _block_arguments(self, stop: int) -> tuple[Any, ...]:
+        state, fixed = self.state, self.parts.fixed
+        return self.plan, state, fixed, self.train, self.settings, jnp.int32(stop)
+
+    def _score_arguments(self) -> tuple[Any, ...]:
+        parts, times = self.parts, self.config.valid_times or self.config.num_times
+        return parts.graphdef, self.state.params, parts.fixed, self.valid, times
+
     def _run_until(self, stop: int) -> BlockTotals:
-        self.state, totals = run_block(
-            self.plan,
-            self.state,
-            self.parts.fixed,
-            self.train,
-            self.settings,
-            jnp.int32(stop),
-        )
+        self.state, totals = run_block(*self._block_arguments(stop))
         return jax.block_until_ready(totals)
 
     def _score(self) -> float:
         """Return the validation score; -inf where there is none or it is not finite."""
         if self.valid is None:
             return -math.inf
-        parts, times = self.parts, self.config.valid_times or self.config.num_times
-        score = float(
-            validation_score(parts.graphdef, self.state.params, parts.fixed, self.valid, times)
-        )
+        score = float(validation_score(*self._score_arguments()))
         return score if math.isfinite(score) else -math.inf
 
     def _keep_best(self, step: int, score: float) -> None:

@@ -48,13 +48,14 @@ class Settings(NamedTuple):
     """What a step takes besides state and data, all of it traced: other values compile nothing.
 
     Attributes:
-        key: PRNG key of the run; batches and pseudotimes are functions of it and of the step.
+        keys: two PRNG keys; batches are a function of the first and of the step, pseudotimes of
+            the second.
         num_examples: rows of the training examples that are no padding.
         max_refused: refused steps in a row that are borne.
         schedule: learning rate by number of updates; None for an optimiser that has its own.
     """
 
-    key: Array
+    keys: Array
     num_examples: Int[Array, ""]
     max_refused: Int[Array, ""]
     schedule: Schedule | None
@@ -78,7 +79,7 @@ def training_step(
     Returns:
         The state after the step, and this step's totals (all zero if it was refused).
     """
-    batch_key, times_key = jax.random.split(settings.key)
+    batch_key, times_key = settings.keys
     rows = batch_indices(batch_key, state.step, plan.batch_size, settings.num_examples)
     batch = jax.tree.map(lambda leaf: leaf[rows], train)
     times = plan.time_sampler(jax.random.fold_in(times_key, state.step), plan.num_times)
