@@ -1,8 +1,8 @@
 """From a table to a fitted mixture in its units: default settings, and the whole path.
 
 Data are standardised, the model's size follows from the data where it is not given, the
-trajectories start at examples or at clusters of them, EM goes on from the extracted mixture as long
-as validation gains, and the result is carried back to the units of the data.
+trajectories start at examples or at components fitted by EM, EM goes on from the extracted mixture
+as long as validation gains, and the result is carried back to the units of the data.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from cpmm_jax.data.checks import check_enough_rows
 from cpmm_jax.data.dataset import Dataset, split
 from cpmm_jax.data.standardise import Standardizer
 from cpmm_jax.errors import ConfigError
-from cpmm_jax.mixture.em import polish
+from cpmm_jax.mixture.em import fit_em, polish
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
-from cpmm_jax.mixture.initialise import kmeans_start
 from cpmm_jax.models.cpmm import CPMM
 from cpmm_jax.models.selection import polish_by_validation
 from cpmm_jax.training.config import TrainConfig
 from cpmm_jax.training.loop import FitResult, fit
 
 TAIL_NOISE = 0.1  # of a column's variance, which is 1 in the units of the model
+EM_ROUNDS = 50  # at the start
 SHORT_SCALE, LONG_SCALE = 0.1, 0.3  # of the field's output where the start is local
 REFIT_BELOW = 5000  # rows under which a validation part is too much to leave out of the fit
 
@@ -46,8 +46,8 @@ class Recipe:
         train_times: pseudotimes drawn in a training step; fewer where rows are scarce, as a
             regulariser.
         rank: factors of a component, R.
-        local_start: whether trajectories start as local factor analyses, of clusters by k-means,
-            and move little at first; else at examples, and move across the data.
+        local_start: whether trajectories start as the components of a mixture fitted by EM, one
+            for each, and move little at first; else at examples, and move across the data.
         polish: whether EM goes on from the extracted mixture, as long as validation gains.
         tails: probability of the broad twin that every component is given after training (see
             `MFA.with_tails`); 0 for none.
@@ -101,9 +101,9 @@ def recommend(
     """Choose the settings that are not given from N, D and the number of classes.
 
     Where rows are plentiful for the number of features, many short trajectories fit best, that
-    start at clusters; where they are scarce, few long ones with more factors do, since the shared
-    field keeps them from overfitting; unless `components` sets how many there are, each is given a
-    broad twin then.
+    start at the components of a mixture fitted by EM; where they are scarce, few long ones with
+    more factors do, since the shared field keeps them from overfitting; unless `components` sets
+    how many there are, each is given a broad twin then.
 
     Args:
         num_examples: training rows, N.
@@ -320,7 +320,7 @@ def fit_mixture(
 def build_model(
     z: np.ndarray, y: np.ndarray | None, noise_floor: np.ndarray, recipe: Recipe
 ) -> CPMM:
-    """Build an untrained CPMM whose trajectories start at examples of their class, or at clusters.
+    """Build an untrained CPMM whose trajectories start at examples, or at components fitted by EM.
 
     Args:
         z: standardised training examples, shape (N, D).
@@ -348,15 +348,16 @@ def build_model(
     count = recipe.num_trajectories
     if y is None:  # every trajectory is a class
         by_class, count = [z], recipe.num_classes
-    settings: Any = {"noise_floor": 2 * noise_floor, "seed": recipe.seed}
-    local = [kmeans_start(rows, count, recipe.rank, **settings) for rows in by_class]
+    settings: Any = {"noise_floor": 2 * noise_floor, "max_iter": EM_ROUNDS, "seed": recipe.seed}
+    local = [fit_em(rows, count, recipe.rank, **settings).mixture for rows in by_class]
     lead = (recipe.num_classes, recipe.num_trajectories)
     logits, means, loadings, log_noise = (
         jnp.stack(leaves).reshape(*lead, *leaves[0].shape[1:])
         for leaves in zip(*map(jax.tree.leaves, local), strict=True)
     )
     model = make(initial_means=means, output_scale=SHORT_SCALE if short else LONG_SCALE)
-    model.loadings, model.log_noise = nnx.Param(loadings), nnx.Param(log_noise)
+    model.loadings = nnx.Param(loadings)
+    model.log_noise = nnx.Param(jnp.log(jnp.exp(log_noise) - noise_floor.astype(log_noise.dtype)))
     weights = model.trajectory_logits if y is not None else model.class_logits
     weights[...] = logits.reshape(weights.shape)
     return model

@@ -112,8 +112,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--methods", type=_names, metavar="A,B", help=f"of {', '.join(METHODS)}")
     add("--seeds", type=_positive, metavar="N", help="number of seeds, each its own split")
     add("--budget", type=float, metavar="SECONDS", help="in which each method may search")
-    add("--components", type=_positive, metavar="K", help="of every mixture; with --rank")
-    add("--rank", type=_positive, metavar="R", help="of every mixture; with --components")
+    add("--components", type=_positive, metavar="K", help="of every mixture, with --rank")
+    add(
+        "--rank",
+        type=_positive,
+        metavar="R",
+        help="of every mixture, at most D - 1; with --components",
+    )
     return parser
 
 

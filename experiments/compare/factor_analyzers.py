@@ -98,7 +98,8 @@ class ContinuousMixture:
 
     def _axes(self, data: Rows) -> tuple[Axes, Choice]:
         n, dim = data.x_train.shape
-        first = recommend(n, dim, **({} if self.size is None else self.size._asdict()))
+        size = {} if self.size is None else self.size.within(dim)._asdict()
+        first = recommend(n, dim, **size)
         trajectories = first.num_classes  # without labels, one in each
         components = trajectories * first.num_times
         start = {
@@ -133,8 +134,8 @@ def _direct_axes(data: Rows, size: Size | None) -> tuple[Axes, Choice]:
     """Return axes for a mixture with free parameters, and where on them to start."""
     n, dim = data.x_train.shape
     if size is not None:
-        axes: Axes = {"components": (size.components,), "rank": (size.rank,)}
-        start = size._asdict()
+        start = size.within(dim)._asdict()
+        axes: Axes = {name: (value,) for name, value in start.items()}
     else:
         rank = recommend(n, dim).rank
         counts = component_counts(data)

@@ -33,6 +33,10 @@ class Size(NamedTuple):
     components: int
     rank: int
 
+    def within(self, dim: int) -> Size:
+        """Return it with at most D - 1 factors: as many describe any covariance."""
+        return self._replace(rank=min(self.rank, dim - 1))
+
 
 class Method(Protocol):
     """Fits a density, on whose settings validation rows decide within the budget."""

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpmm_jax.cli import compilation_cache
 from experiments.compare.cells import Cell, Record, is_done, read, write
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def run_cells(
 
     pending = deque(cell for cell in cells if not is_done(read(folder, cell)))
     bar = tqdm(total=len(cells), initial=len(cells) - len(pending), unit="cell", disable=None)
-    idle = [Worker(make_method, load, jobs) for _ in range(min(jobs, len(pending)))]
+    around = thread_limits(jobs) | compilation_cache(folder / "compiled")
+    idle = [Worker(make_method, load, around) for _ in range(min(jobs, len(pending)))]
     busy: dict[Worker, Cell] = {}
     try:
         while pending or busy:
@@ -78,9 +80,9 @@ def run_cells(
 class Worker:
     """A process that runs one cell after another, and is replaced when it has died."""
 
-    def __init__(self, make_method: MakeMethod, load: Load, jobs: int) -> None:
+    def __init__(self, make_method: MakeMethod, load: Load, around: dict[str, str]) -> None:
         self._arguments = make_method, load
-        self._threads = thread_limits(jobs)
+        self._environment = around
         self._start()
 
     def _start(self) -> None:
@@ -88,7 +90,7 @@ class Worker:
         # Readable when a cell has ended.
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
-        with environment(self._threads):
+        with environment(self._environment):
             self._process.start()
         theirs.close()  # held by the worker alone, so that its death is seen as an end of file
 
@@ -179,8 +181,9 @@ def attempt(cell: Cell, make_method: MakeMethod, load: Load) -> Record:
 def measure(cell: Cell, method: Method, data: DensitySet) -> Record:
     """Fit one cell and return its record.
 
-    Compiled programs of earlier cells are forgotten first: each pays for its own. The method is
-    given the training and validation rows; the test rows are looked at here, once, after it.
+    Compiled programs are kept in the folder, so that the budget goes to fitting: a method pays once
+    for each of its sizes. It is given the training and validation rows; the test rows are looked at
+    here, once, after it.
     """
     import jax
 
@@ -192,7 +195,7 @@ def measure(cell: Cell, method: Method, data: DensitySet) -> Record:
     made = provenance()
     if find_spec("flowjax") is not None:
         made["versions"]["flowjax"] = version("flowjax")
-    jax.clear_caches()
+    jax.clear_caches()  # those of other sizes would pile up in the memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)
         start = time.perf_counter()
