@@ -18,7 +18,7 @@ from cpmm_jax.mixture.mfa import MFA
 from cpmm_jax.models.cpmm import CPMM
 
 NUM_TIMES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-ROUNDS = (0, 3, 10, 30)
+ROUNDS = (0, 3, 10, 30, 100, 300)  # of EM
 
 
 class Selection(NamedTuple):
@@ -118,7 +118,7 @@ def polish_by_validation(
         y: class codes, or None; see `polish`.
         x_valid: validation examples, shape (M, D).
         y_valid: their class codes, given where `y` is.
-        rounds: numbers of iterations to try.
+        rounds: numbers of iterations to try, from few to many, as long as the score rises.
 
     Returns:
         The best mixture, the number of iterations, and all scores.
@@ -136,8 +136,9 @@ def polish_by_validation(
             mixture = polish(mixture, x, y, max_iter=count - done, tol=0.0)
         done = count
         scores[count] = _score(mixture, x_valid, y_valid)
-        if best is None or scores[count] > scores[best.rounds]:
-            best = Polished(mixture, count, scores)
+        if best is not None and scores[count] <= scores[best.rounds]:
+            break
+        best = Polished(mixture, count, scores)
     assert best is not None
     return best
 
