@@ -45,7 +45,7 @@ from cpmm_jax.solver_study.timing import Timing, interleave
 from cpmm_jax.training.config import TrainConfig, default_optimizer, learning_rate_schedule
 from cpmm_jax.training.inputs import take_apart
 from cpmm_jax.training.state import BlockTotals, initial_state
-from cpmm_jax.training.step import Examples, Plan, Settings, run_block
+from cpmm_jax.training.step import Examples, Plan, Settings, make_keys, run_block
 
 DIM, CLASSES, WIDTHS, BATCH = 64, 10, (256, 256), 256
 BLOCK = 10  # steps in one call of `run_block`
@@ -153,10 +153,11 @@ class Training:
     def restart(self, config: TrainConfig) -> None:
         """Go back to the start, with the learning rates of `config`."""
         self.settings = Settings(
-            keys=jax.random.split(jax.random.key(0)),
+            keys=make_keys(0),
             num_examples=jnp.int32(len(self.examples.x)),
             max_refused=jnp.int32(config.max_refused),
             schedule=learning_rate_schedule(config),
+            position=jnp.float32(0),
         )
         self.state = initial_state(self.plan.optimizer, self.parts.params)
         self.done = 0
@@ -193,7 +194,7 @@ class Training:
 @partial(jax.jit, static_argnums=0)
 def draw(plan: Plan, examples: Examples, settings: Settings, step: jax.Array) -> Any:
     """Draw pseudotimes, examples and labels as `cpmm_jax.training.step` does."""
-    batch_key, times_key = settings.keys
+    batch_key, times_key, _ = settings.keys
     rows = batch_indices(batch_key, step, plan.batch_size, settings.num_examples)
     times = plan.time_sampler(jax.random.fold_in(times_key, step), plan.num_times)
     return times, examples.x[rows], examples.y[rows]

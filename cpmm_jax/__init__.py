@@ -13,7 +13,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cpmm_jax.artifact import load_mixture, save_mixture
+    from cpmm_jax.curriculum import (
+        Curriculum,
+        CustomCurriculum,
+        FlowCurriculum,
+        InterpolantCurriculum,
+        NoCurriculum,
+        Stages,
+    )
+    from cpmm_jax.dynamics.flow import CNF
     from cpmm_jax.dynamics.solve import SolverConfig
+    from cpmm_jax.dynamics.trace import ExactTrace, HutchinsonTrace
     from cpmm_jax.dynamics.trajectory import GridTimes, StratifiedTimes, UniformTimes
     from cpmm_jax.mixture.em import fit_em, fit_em_stream, polish
     from cpmm_jax.mixture.em_loops import EMResult
@@ -25,18 +35,39 @@ if TYPE_CHECKING:
     from cpmm_jax.models.direct import DirectMFA
     from cpmm_jax.models.selection import choose_num_times, polish_by_validation, prune
     from cpmm_jax.training.config import TrainConfig
+    from cpmm_jax.training.flow import FlowResult, fit_flow
+    from cpmm_jax.training.flow_objective import (
+        FlowMatching,
+        IndependentCoupling,
+        MaximumLikelihood,
+        OptimalTransportCoupling,
+    )
     from cpmm_jax.training.loop import FitResult, fit
 
 _HOME = {
+    "CNF": "cpmm_jax.dynamics.flow",
     "CPMM": "cpmm_jax.models.cpmm",
     "Constraints": "cpmm_jax.mixture.em_steps",
+    "Curriculum": "cpmm_jax.curriculum",
+    "CustomCurriculum": "cpmm_jax.curriculum",
     "DirectMFA": "cpmm_jax.models.direct",
     "EMResult": "cpmm_jax.mixture.em_loops",
+    "ExactTrace": "cpmm_jax.dynamics.trace",
     "FitResult": "cpmm_jax.training.loop",
+    "FlowCurriculum": "cpmm_jax.curriculum",
+    "FlowMatching": "cpmm_jax.training.flow_objective",
+    "FlowResult": "cpmm_jax.training.flow",
     "GridTimes": "cpmm_jax.dynamics.trajectory",
     "HierarchicalMFA": "cpmm_jax.mixture.hierarchy",
+    "HutchinsonTrace": "cpmm_jax.dynamics.trace",
+    "IndependentCoupling": "cpmm_jax.training.flow_objective",
+    "InterpolantCurriculum": "cpmm_jax.curriculum",
     "MFA": "cpmm_jax.mixture.mfa",
+    "MaximumLikelihood": "cpmm_jax.training.flow_objective",
+    "NoCurriculum": "cpmm_jax.curriculum",
+    "OptimalTransportCoupling": "cpmm_jax.training.flow_objective",
     "SolverConfig": "cpmm_jax.dynamics.solve",
+    "Stages": "cpmm_jax.curriculum",
     "StratifiedTimes": "cpmm_jax.dynamics.trajectory",
     "TrainConfig": "cpmm_jax.training.config",
     "UniformTimes": "cpmm_jax.dynamics.trajectory",
@@ -44,6 +75,7 @@ _HOME = {
     "fit": "cpmm_jax.training.loop",
     "fit_em": "cpmm_jax.mixture.em",
     "fit_em_stream": "cpmm_jax.mixture.em",
+    "fit_flow": "cpmm_jax.training.flow",
     "kmeans_start": "cpmm_jax.mixture.initialise",
     "load_mixture": "cpmm_jax.artifact",
     "polish": "cpmm_jax.mixture.em",

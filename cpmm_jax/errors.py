@@ -39,3 +39,7 @@ class TrainingError(CpmmError, RuntimeError):
 
 class DataWarning(UserWarning):
     """Data are usable but deserve a look (constant or duplicated columns, few rows)."""
+
+
+class FlowWarning(UserWarning):
+    """A flow's latent points are no standard normal: a curriculum would start elsewhere."""

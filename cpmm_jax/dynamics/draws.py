@@ -27,6 +27,7 @@ def draw_arrays(
         dtype: of the arrays.
 
     Example:
+        >>> import jax
         >>> first, second = draw_arrays(jax.random.normal, jax.random.key(0), [(2, 3), (4,)])
         >>> first.shape, second.shape
         ((2, 3), (4,))

@@ -136,19 +136,21 @@ class Schedule(NamedTuple):
     Attributes:
         peak: highest learning rate.
         warmup: updates over which it rises.
+        begin: updates after which the decay begins.
         steps: updates after which it has decayed.
         final: what is left then, as a fraction of `peak`.
     """
 
     peak: Float[Array, ""]
     warmup: Float[Array, ""]
+    begin: Float[Array, ""]
     steps: Float[Array, ""]
     final: Float[Array, ""]
 
     def __call__(self, updates: Int[Array, ""] | int) -> Float[Array, ""]:
         """Return the learning rate after so many updates."""
         rise = (updates + 1) / (self.warmup + 1)  # from above zero: the first step does something
-        progress = (updates - self.warmup) / jnp.maximum(self.steps - self.warmup, 1)
+        progress = (updates - self.begin) / jnp.maximum(self.steps - self.begin, 1)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
         return self.peak * jnp.minimum(rise, self.final + (1 - self.final) * cosine)
 
@@ -156,7 +158,7 @@ class Schedule(NamedTuple):
 def learning_rate_schedule(config: TrainConfig) -> Schedule:
     """Return the schedule that `config` describes."""
     warmup = min(config.warmup_steps, config.steps // 2)
-    numbers = (config.learning_rate, warmup, config.steps, config.final_learning_rate)
+    numbers = (config.learning_rate, warmup, warmup, config.steps, config.final_learning_rate)
     return Schedule(*(jnp.asarray(number, jnp.float32) for number in numbers))
 
 

@@ -17,11 +17,13 @@ import numpy.typing as npt
 import optax
 from flax import nnx
 
+from cpmm_jax.curriculum import Curriculum, NoCurriculum, check_curriculum
 from cpmm_jax.dynamics.solve import check_result
 from cpmm_jax.errors import SolverError, TrainingError
 from cpmm_jax.training.config import TrainConfig, default_optimizer, learning_rate_schedule
 from cpmm_jax.training.inputs import Data, Parts, prepare, take_apart
 from cpmm_jax.training.progress import MetricsFile, ProgressBar, number
+from cpmm_jax.training.stages import Staircase
 from cpmm_jax.training.state import (
     CAUSES,
     FAILED_SOLVE,
@@ -30,7 +32,7 @@ from cpmm_jax.training.state import (
     initial_state,
     snapshot,
 )
-from cpmm_jax.training.step import Plan, Settings, run_block, validation_score
+from cpmm_jax.training.step import Plan, Settings, make_keys, run_block, validation_score
 
 logger = logging.getLogger("cpmm_jax")
 
@@ -72,6 +74,7 @@ def fit(
     y: npt.ArrayLike | None = None,
     *,
     config: TrainConfig | None = None,
+    curriculum: Curriculum = NoCurriculum(),  # noqa: B008
     x_valid: npt.ArrayLike | None = None,
     y_valid: npt.ArrayLike | None = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -89,13 +92,16 @@ def fit(
     `valid_log_likelihood` (nats per example, of what is trained on: log p(x, y) with labels, else
     log p(x); uniform grid of `valid_times` pseudotimes), `learning_rate` (None if unknown),
     `grad_norm`, `ode_steps` (means too), `refused` (steps so far), `examples_per_second`,
-    `seconds` (since the start).
+    `seconds` (since the start). Under a curriculum each also holds `v`, the position of its stage,
+    where the scores before the last stage are those of the data carried there; the best parameters
+    and early stopping are looked for in the last stage, v = 0, alone.
 
     Args:
         model: a `flax.nnx.Module` with `read(times)`, such as `CPMM`.
         x: training examples, shape (N, D).
         y: class codes 0..C-1, shape (N,); None to train without labels (clustering where C > 1).
         config: settings; the defaults if None.
+        curriculum: a map towards a Gaussian, along which to train first.
         x_valid: validation examples; None to set `config.valid_fraction` of the rows aside.
         y_valid: their labels, where `y` is given.
         optimizer: any optax transformation; None for Adam as described by `config`.
@@ -120,8 +126,9 @@ def fit(
     config.check()
     parts = take_apart(model)
     data = prepare(model, parts.params, x, y, x_valid, y_valid, config)
+    check_curriculum(curriculum, data.train.x.shape[1])
     with MetricsFile(metrics_path) as metrics, ProgressBar(config.steps, shown=progress) as bar:
-        run = _Run(parts, data, config, optimizer, start)
+        run = _Run(parts, data, config, curriculum, optimizer, start)
         bar.restart()
         while run.stopped is None:
             report = run.advance()
@@ -143,16 +150,18 @@ class _Run:
         parts: Parts,
         data: Data,
         config: TrainConfig,
+        curriculum: Curriculum,
         optimizer: optax.GradientTransformation | None,
         start: float,
     ) -> None:
         self.parts, self.config = parts, config
-        self.train, self.valid = data.train, data.valid
+        self.stages = Staircase(curriculum, data, config.steps)
         self.settings = Settings(
-            keys=jax.random.split(jax.random.key(config.seed)),
+            keys=make_keys(config.seed),
             num_examples=jnp.int32(data.num_examples),
             max_refused=jnp.int32(config.max_refused),
             schedule=learning_rate_schedule(config) if optimizer is None else None,
+            position=jnp.float32(self.stages.v),
         )
         self.plan = Plan(
             parts.graphdef,
@@ -160,6 +169,7 @@ class _Run:
             config.time_sampler,
             config.num_times,
             min(config.batch_size, data.num_examples),
+            curriculum if curriculum.is_random else None,
         )
         self.start = start
         self.stopped: Literal["finished", "early stopping", "refused"] | None = None
@@ -168,21 +178,20 @@ class _Run:
 
         compiling = time.perf_counter()
         self._compile()
-        self.best_score = self._score()
+        self._begin_stage()
         self.compile_seconds = time.perf_counter() - compiling
-        self.best_step, self.stale = 0, 0
-        self.best_params = None if self.valid is None else snapshot(self.state.params)
 
     def advance(self) -> Report:
         """Train up to the next report; decide whether to stop, in `self.stopped`."""
         config = self.config
         done = int(self.state.step)
         began = time.perf_counter()
-        totals = self._run_until(min(done + config.report_every, config.steps))
+        totals = self._run_until(self.stages.next_stop(done, config.report_every))
         seconds = time.perf_counter() - began
         step = int(self.state.step)
         score = self._score()
-        self._keep_best(step, score)
+        if self.stages.is_last:
+            self._keep_best(step, score)
         if int(self.state.refused_in_a_row) > config.max_refused:
             self.stopped = "refused"
         elif step >= config.steps:
@@ -190,6 +199,9 @@ class _Run:
         elif config.patience is not None and self.stale >= config.patience:
             self.stopped = "early stopping"
         report = self._report(totals, score, (step - done) * self.plan.batch_size / seconds)
+        if self.stages.is_over(step, score):
+            self.stages.go_on(step)
+            self._begin_stage()
         if report["refused"] and not (self.history and self.history[-1]["refused"]):
             logger.warning(
                 "%d training step(s) refused by step %d (%s); parameters were left as they were",
@@ -245,21 +257,32 @@ class _Run:
             f"all); {remedy}."
         )
 
+    def _begin_stage(self) -> None:
+        """Set the position; at the last one the best is looked for, and the learning rate falls."""
+        stages = self.stages
+        schedule = self.settings.schedule
+        if schedule is not None and stages.is_staged:
+            begin = jnp.float32(int(self.state.step) if stages.is_last else self.config.steps)
+            schedule = schedule._replace(begin=begin)
+        self.settings = self.settings._replace(position=jnp.float32(stages.v), schedule=schedule)
+        self.best_score, self.best_step, self.stale = self._score(), int(self.state.step), 0
+        self.best_params = None if stages.valid is None else snapshot(self.state.params)
+
     def _compile(self) -> None:
         """Compile both programs side by side; the calls that follow find them."""
         programs = [run_block.lower(*self._block_arguments(0))]
-        if self.valid is not None:
+        if self.stages.valid is not None:
             programs.append(validation_score.lower(*self._score_arguments()))
         with ThreadPoolExecutor(len(programs)) as pool:
             list(pool.map(lambda program: program.compile(), programs))
 
     def _block_arguments(self, stop: int) -> tuple[Any, ...]:
         state, fixed = self.state, self.parts.fixed
-        return self.plan, state, fixed, self.train, self.settings, jnp.int32(stop)
+        return self.plan, state, fixed, self.stages.train, self.settings, jnp.int32(stop)
 
     def _score_arguments(self) -> tuple[Any, ...]:
         parts, times = self.parts, self.config.valid_times or self.config.num_times
-        return parts.graphdef, self.state.params, parts.fixed, self.valid, times
+        return parts.graphdef, self.state.params, parts.fixed, self.stages.valid, times
 
     def _run_until(self, stop: int) -> BlockTotals:
         self.state, totals = run_block(*self._block_arguments(stop))
@@ -267,7 +290,7 @@ class _Run:
 
     def _score(self) -> float:
         """Return the validation score; -inf where there is none or it is not finite."""
-        if self.valid is None:
+        if self.stages.valid is None:
             return -math.inf
         score = float(validation_score(*self._score_arguments()))
         return score if math.isfinite(score) else -math.inf
@@ -276,15 +299,17 @@ class _Run:
         improved = score > self.best_score
         self.stale = 0 if improved else self.stale + 1
         # As long as no score was finite the latest parameters stand in for the best.
-        if self.valid is not None and (improved or self.best_score == -math.inf):
+        if self.stages.valid is not None and (improved or self.best_score == -math.inf):
             self.best_score, self.best_step = score, step
             self.best_params = snapshot(self.state.params)
 
     def _report(self, totals: BlockTotals, score: float, examples_per_second: float) -> Report:
         accepted = int(totals.accepted) or math.nan
         rate = self._learning_rate()
+        position = {"v": self.stages.v} if self.stages.is_staged else {}
         return {
             "step": int(self.state.step),
+            **position,
             "loss": number(totals.loss / accepted),
             "valid_log_likelihood": number(score),
             "learning_rate": None if rate is None else number(rate),

@@ -55,6 +55,8 @@ class ProgressBar:
             "ode": _short(report["ode_steps"], ".0f"),
             "ex/s": _short(report["examples_per_second"], ".3g"),
         }
+        if "v" in report:
+            figures = {"v": _short(report["v"], ".3g")} | figures
         if report["refused"]:
             figures["refused"] = str(report["refused"])
         self._bar.set_postfix(figures, refresh=False)

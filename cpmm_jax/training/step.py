@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
+from cpmm_jax.curriculum import Curriculum
 from cpmm_jax.data.batches import batch_indices
 from cpmm_jax.dynamics.trajectory import GridTimes
 from cpmm_jax.training.config import Schedule, TimeSampler
 from cpmm_jax.training.objective import negative_log_likelihood
-from cpmm_jax.training.state import CAUSES, BlockTotals, TrainState, empty_totals
+from cpmm_jax.training.state import BlockTotals, TrainState, empty_totals
+from cpmm_jax.training.update import advance
 
 
 class Plan(NamedTuple):
@@ -28,6 +29,7 @@ class Plan(NamedTuple):
         time_sampler: how pseudotimes are drawn.
         num_times: T.
         batch_size: B.
+        curriculum: a provider that draws anew in every step; else None.
     """
 
     graphdef: Any
@@ -35,6 +37,7 @@ class Plan(NamedTuple):
     time_sampler: TimeSampler
     num_times: int
     batch_size: int
+    curriculum: Curriculum | None = None
 
 
 class Examples(NamedTuple):
@@ -48,17 +51,25 @@ class Settings(NamedTuple):
     """What a step takes besides state and data, all of it traced: other values compile nothing.
 
     Attributes:
-        keys: two PRNG keys; batches are a function of the first and of the step, pseudotimes of
-            the second.
+        keys: three PRNG keys; batches are a function of the first and of the step, pseudotimes of
+            the second, and what a curriculum draws of the third.
         num_examples: rows of the training examples that are no padding.
         max_refused: refused steps in a row that are borne.
         schedule: learning rate by number of updates; None for an optimiser that has its own.
+        position: v, where a curriculum draws.
     """
 
     keys: Array
     num_examples: Int[Array, ""]
     max_refused: Int[Array, ""]
     schedule: Schedule | None
+    position: Float[Array, ""]
+
+
+def make_keys(seed: int) -> Array:
+    """Return the three keys of a run, see `Settings`."""
+    key = jax.random.key(seed)
+    return jnp.stack([*jax.random.split(key), jax.random.fold_in(key, 2)])
 
 
 def training_step(
@@ -66,8 +77,7 @@ def training_step(
 ) -> tuple[TrainState, BlockTotals]:
     """Do one step, or refuse it and leave parameters and optimiser state as they are.
 
-    A step is refused where the solve failed, or where loss, gradient or new parameters are not
-    finite (an overflow of the gradient's norm counts, since the optimiser would square it).
+    For when a step is refused see `training.update.advance`.
 
     Args:
         plan: what is static.
@@ -79,48 +89,20 @@ def training_step(
     Returns:
         The state after the step, and this step's totals (all zero if it was refused).
     """
-    batch_key, times_key = settings.keys
+    batch_key, times_key, noise_key = settings.keys
     rows = batch_indices(batch_key, state.step, plan.batch_size, settings.num_examples)
     batch = jax.tree.map(lambda leaf: leaf[rows], train)
     times = plan.time_sampler(jax.random.fold_in(times_key, state.step), plan.num_times)
+    if plan.curriculum is not None:
+        noise_key = jax.random.fold_in(noise_key, state.step)
+        batch = batch._replace(x=plan.curriculum.at(batch.x, settings.position, noise_key))
 
     def objective(params: Any) -> Any:
         model = nnx.merge(plan.graphdef, params, fixed)
         return negative_log_likelihood(model, times, batch.x, batch.y)
 
     (loss, solve), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    grad_norm = optax.tree.norm(grads)
-    optimizer = optax.with_extra_args_support(plan.optimizer)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
-    if settings.schedule is not None:
-        rate = settings.schedule(state.step - state.refused.sum())
-        updates = jax.tree.map(lambda update: -rate.astype(update.dtype) * update, updates)
-    params = optax.apply_updates(state.params, updates)
-
-    finite = jnp.isfinite(ravel_pytree(params)[0]).all()
-    checks = jnp.stack([solve.ok, jnp.isfinite(loss), jnp.isfinite(grad_norm), finite])
-    accepted = checks.all()
-    cause = jnp.argmin(checks)  # the first check that fails
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(accepted, new, old),
-        (params, opt_state),
-        (state.params, state.opt_state),
-    )
-    new_state = TrainState(
-        step=state.step + 1,
-        params=params,
-        opt_state=opt_state,
-        refused=state.refused + (~accepted & (jnp.arange(len(CAUSES)) == cause)),
-        refused_in_a_row=jnp.where(accepted, 0, state.refused_in_a_row + 1),
-        last_failure=jnp.where(solve.ok, state.last_failure, solve.result),
-    )
-    totals = BlockTotals(
-        loss=jnp.where(accepted, loss, 0.0).astype(jnp.float32),
-        grad_norm=jnp.where(accepted, grad_norm, 0.0).astype(jnp.float32),
-        ode_steps=jnp.where(accepted, solve.num_steps, 0).astype(jnp.float32),
-        accepted=accepted.astype(jnp.int32),
-    )
-    return new_state, totals
+    return advance(plan.optimizer, settings.schedule, state, loss, solve, grads)
 
 
 @partial(jax.jit, static_argnames="plan", donate_argnames="state")

@@ -18,7 +18,7 @@ from cpmm_jax.errors import TrainingError
 from cpmm_jax.training.config import default_optimizer, learning_rate_schedule
 from cpmm_jax.training.loop import fit
 from cpmm_jax.training.state import initial_state, snapshot
-from cpmm_jax.training.step import Examples, Plan, Settings, run_block
+from cpmm_jax.training.step import Examples, Plan, Settings, make_keys, run_block
 from tests.training.stand_in import QUICK, FreeMixture, planted, start
 
 X, _ = planted(600)
@@ -31,7 +31,7 @@ def same(one: Any, other: Any) -> bool:
 
 def batches_with(row: int, steps: int) -> list[bool]:
     """Say of each step whether its batch of 128 from 540 rows holds `row`."""
-    key = jax.random.split(jax.random.key(QUICK.seed))[0]
+    key = make_keys(QUICK.seed)[0]
     rows = jax.vmap(lambda step: batch_indices(key, step, 128, 540))(jnp.arange(steps))
     return (np.asarray(rows) == row).any(axis=1).tolist()
 
@@ -44,8 +44,9 @@ def test_a_poisoned_batch_changes_no_bit() -> None:
     state = initial_state(plan.optimizer, params)
     data = Examples(jnp.asarray(x), None)
     numbers = jnp.int32(540), jnp.int32(9)
-    keys = jax.random.split(jax.random.key(QUICK.seed))
-    settings = Settings(keys, *numbers, learning_rate_schedule(QUICK))
+    settings = Settings(
+        make_keys(QUICK.seed), *numbers, learning_rate_schedule(QUICK), jnp.float32(0)
+    )
     poisoned = batches_with(17, 12)
     assert 1 < sum(poisoned) < 4
     in_a_row = 0

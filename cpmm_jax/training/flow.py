@@ -1,0 +1,325 @@
+"""`fit_flow`: from data to the flow of the curriculum."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cpmm_jax.data.checks import check_examples, check_finite
+from cpmm_jax.data.dataset import Dataset, split
+from cpmm_jax.dynamics.course import FlowReading, latent_log_prob
+from cpmm_jax.dynamics.flow import CNF
+from cpmm_jax.dynamics.solve import check_result
+from cpmm_jax.dynamics.trace import ExactTrace, HutchinsonTrace, Trace, has_closed_trace
+from cpmm_jax.errors import ConfigError, FlowWarning, SolverError, TrainingError
+from cpmm_jax.training.config import TrainConfig, default_optimizer, learning_rate_schedule
+from cpmm_jax.training.flow_objective import Objective
+from cpmm_jax.training.flow_step import (
+    ASSIGNED_STEPS,
+    FlowSettings,
+    Plan,
+    pair,
+    pair_fixed,
+    run_block,
+    validation_loss,
+)
+from cpmm_jax.training.inputs import take_apart
+from cpmm_jax.training.latent import LatentCheck, check_latent
+from cpmm_jax.training.progress import MetricsFile, ProgressBar, number
+from cpmm_jax.training.state import (
+    CAUSES,
+    FAILED_SOLVE,
+    BlockTotals,
+    TrainState,
+    empty_totals,
+    initial_state,
+    snapshot,
+)
+
+logger = logging.getLogger("cpmm_jax")
+
+EXACT_DIM = 128  # features above which a trace without a closed form is estimated at the end
+CHECKED_ROWS = 2048  # training rows whose latent points are checked where there is no validation
+
+
+@dataclass(frozen=True, eq=False)
+class FlowResult:
+    """What `fit_flow` found.
+
+    Attributes:
+        flow: the flow with the best parameters by validation; without a validation part the last.
+        last_flow: the flow with the last parameters.
+        history: one report per `report_every` steps, as in `metrics.jsonl`.
+        best_step: steps done when `flow` was reached (0: the start was never improved on).
+        best_loss: its validation loss, of the objective; None without validation.
+        valid_log_likelihood: log-likelihood of the validation part under `flow` in nats per
+            example, whatever the objective; None without validation, or where the solve failed.
+        latent: how far the examples (of the validation part, else of training) are from a standard
+            normal at v = 1.
+        steps: steps done, refused ones included.
+        refused: steps refused.
+        seconds: wall time of the whole fit, compilation included.
+        stopped: why the training ended; "refused" only on `TrainingError.result`.
+    """
+
+    flow: CNF
+    last_flow: CNF
+    history: tuple[dict[str, Any], ...]
+    best_step: int
+    best_loss: float | None
+    valid_log_likelihood: float | None
+    latent: LatentCheck
+    steps: int
+    refused: int
+    seconds: float
+    stopped: Literal["finished", "early stopping", "refused"]
+
+
+def fit_flow(
+    flow: CNF,
+    x: npt.ArrayLike,
+    *,
+    objective: Objective,
+    config: TrainConfig | None = None,
+    x_valid: npt.ArrayLike | None = None,
+    progress: bool | None = None,
+    metrics_path: str | Path | None = None,
+) -> FlowResult:
+    """Fit a continuous normalizing flow, by maximum likelihood or by flow matching.
+
+    The data are taken in the units given (standardise them first: the latent space is a standard
+    normal). `flow` itself is not changed. The randomness of a step is a function of
+    the seed and of its number; the same seed on the same machine gives the same result.
+
+    Each report holds `step`, `loss` (mean over the accepted steps since the last report),
+    `valid_loss` (the objective's, with noise that stays the same), `learning_rate`, `grad_norm`,
+    `ode_steps` (means too), `refused` (steps so far), `examples_per_second`, `seconds`.
+
+    Args:
+        flow: what to train.
+        x: training examples, shape (N, D).
+        objective: `MaximumLikelihood(...)` or `FlowMatching(...)`.
+        config: settings; the defaults if None. Those of pseudotimes are not used.
+        x_valid: validation examples; None to set `config.valid_fraction` of the rows aside.
+        progress: True or False to show a progress bar or not; None to show it on a terminal.
+        metrics_path: a new file for the reports, one JSON object per line.
+
+    Returns:
+        A `FlowResult`.
+
+    Raises:
+        ConfigError: a setting out of range, or arguments that do not fit each other.
+        DataError: bad examples.
+        RunError: `metrics_path` exists or cannot be written.
+        TrainingError: more than `config.max_refused` steps in a row were refused for a failed solve
+            or a number that is not finite; its `result` holds the best flow so far.
+
+    Warns:
+        FlowWarning: the latent points are far from a standard normal.
+
+    Source: CPMM paper, section 3.3; see the objectives.
+    """
+    start = time.perf_counter()
+    config = TrainConfig() if config is None else config
+    config.check()
+    if not isinstance(flow, CNF):
+        raise ConfigError(f"`flow` must be a CNF; got {type(flow).__name__}; build one first.")
+    data = _prepare(flow, x, x_valid, config)
+    with MetricsFile(metrics_path) as metrics, ProgressBar(config.steps, shown=progress) as bar:
+        run = _Run(flow, data, objective, config)
+        while run.stopped is None:
+            report = run.advance()
+            metrics.write(report)
+            bar.update({"valid_log_likelihood": report["valid_loss"], **report})
+    result = run.result(start)
+    if run.stopped == "refused":
+        raise TrainingError(run.failure(), result)
+    if not result.latent.ok:
+        warnings.warn(
+            "the flow's latent points should be a standard normal; got errors in standard "
+            f"deviations {result.latent}; train for more steps, with a wider field, or on "
+            "standardised data.",
+            FlowWarning,
+            stacklevel=2,
+        )
+    return result
+
+
+class _Data(NamedTuple):
+    train: Float[Array, "N D"]
+    valid: Float[Array, "M D"] | None
+
+
+def _prepare(
+    flow: CNF, x: npt.ArrayLike, x_valid: npt.ArrayLike | None, config: TrainConfig
+) -> _Data:
+    def checked(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
+        examples = check_examples(values, name=name, dim=flow.dim)
+        with np.errstate(over="ignore"):
+            cast = examples.astype(flow.dtype)
+        check_finite(cast, name=name)  # again: float32 holds less than float64
+        return cast
+
+    data = Dataset("x", checked(x, "x"), None)
+    valid = None if x_valid is None else checked(x_valid, "x_valid")
+    if valid is None:
+        cut = config.valid_fraction
+        data = split(data, seed=config.seed, valid_fraction=cut, test_fraction=0.0)
+        valid = data.x_valid
+    if valid is None and config.patience is not None:
+        raise ConfigError(
+            f"`patience` must come with a validation part; got patience {config.patience} and "
+            "none; give `x_valid` or a `valid_fraction` above 0."
+        )
+    return _Data(jnp.asarray(data.x_train), None if valid is None else jnp.asarray(valid))
+
+
+class _Run:
+    """One call of `fit_flow` under way: the state on the device, the bookkeeping on the host."""
+
+    def __init__(self, flow: CNF, data: _Data, objective: Objective, config: TrainConfig) -> None:
+        self.config, self.data = config, data
+        self.graphdef, params, self.fixed = take_apart(flow)
+        keys = jax.random.split(jax.random.key(config.seed), 3)
+        self.valid_key = keys[2]
+        count = len(data.train)
+        self.settings = FlowSettings(
+            keys=keys[:2],
+            num_examples=jnp.int32(count),
+            max_refused=jnp.int32(config.max_refused),
+            schedule=learning_rate_schedule(config),
+        )
+        size = min(config.batch_size, count)
+        self.plan = Plan(self.graphdef, default_optimizer(config), objective, size)
+        self.state: TrainState = initial_state(self.plan.optimizer, params)
+        self.drawn = None
+        if data.valid is not None:
+            drawn = objective.draw(self.valid_key, data.valid.shape, data.valid.dtype)
+            self.drawn = pair_fixed(self.plan, data.valid, drawn)
+        self.stopped: Literal["finished", "early stopping", "refused"] | None = None
+        self.history: list[dict[str, Any]] = []
+        self.start = time.perf_counter()
+        self.best_loss, self.best_step, self.stale = self._validate(), 0, 0
+        self.best_params = snapshot(self.state.params)
+
+    def advance(self) -> dict[str, Any]:
+        """Train up to the next report; decide whether to stop, in `self.stopped`."""
+        config, done, began = self.config, int(self.state.step), time.perf_counter()
+        totals = self._run_until(min(done + config.report_every, config.steps))
+        seconds = time.perf_counter() - began
+        step, loss = int(self.state.step), self._validate()
+        improved = loss < self.best_loss
+        self.stale = 0 if improved else self.stale + 1
+        # As long as no loss was finite the latest parameters stand in for the best.
+        if improved or self.best_loss == math.inf:
+            self.best_loss, self.best_step = loss, step
+            self.best_params = snapshot(self.state.params)
+        if int(self.state.refused_in_a_row) > config.max_refused:
+            self.stopped = "refused"
+        elif step >= config.steps:
+            self.stopped = "finished"
+        elif config.patience is not None and self.stale >= config.patience:
+            self.stopped = "early stopping"
+        accepted, refused = int(totals.accepted) or math.nan, int(self.state.refused.sum())
+        if refused and not (self.history and self.history[-1]["refused"]):
+            logger.warning("%d step(s) of the flow refused (%s)", refused, self._causes())
+        report = {
+            "step": step,
+            "loss": number(totals.loss / accepted),
+            "valid_loss": number(loss),
+            "learning_rate": number(self._rate()),
+            "grad_norm": number(totals.grad_norm / accepted),
+            "ode_steps": number(totals.ode_steps / accepted),
+            "refused": refused,
+            "examples_per_second": number((step - done) * self.plan.batch_size / seconds),
+            "seconds": number(time.perf_counter() - self.start),
+        }
+        self.history.append(report)
+        return report
+
+    def result(self, start: float) -> FlowResult:
+        """Put the flows together, and look at the latent points of the best."""
+        last = nnx.merge(self.graphdef, self.state.params, self.fixed)
+        valid, step = self.data.valid, int(self.state.step)
+        best = last if valid is None else nnx.merge(self.graphdef, self.best_params, self.fixed)
+        rows = self.data.train[:CHECKED_ROWS] if valid is None else valid
+        exact = best.dim <= EXACT_DIM or has_closed_trace(best.field)
+        trace = ExactTrace() if exact else HutchinsonTrace(num_samples=16)
+        reading = _read_latent(best, rows, self.valid_key, trace)
+        known = valid is not None and bool(reading.ok)
+        return FlowResult(
+            flow=best,
+            last_flow=last,
+            history=tuple(self.history),
+            best_step=step if valid is None else self.best_step,
+            best_loss=self.best_loss if self.best_loss < math.inf else None,
+            valid_log_likelihood=number(latent_log_prob(reading).mean()) if known else None,
+            latent=check_latent(np.where(reading.ok, reading.states[0], np.nan)),
+            steps=step,
+            refused=int(self.state.refused.sum()),
+            seconds=time.perf_counter() - start,
+            stopped=self.stopped or "finished",
+        )
+
+    def failure(self) -> str:
+        """Say why the training could not go on, and what to change."""
+        remedy = "standardise the data, lower the learning rate or clip the gradient"
+        if CAUSES[int(self.state.refused.argmax())] == FAILED_SOLVE:
+            try:
+                check_result(self.state.last_failure)
+            except SolverError as error:
+                remedy = str(error).removesuffix(".")
+        return (
+            "training must have solves that succeed and finite losses and gradients; got "
+            f"{int(self.state.refused_in_a_row)} refused steps in a row at step "
+            f"{int(self.state.step)} of {self.config.steps} ({self._causes()}); {remedy}."
+        )
+
+    def _run_until(self, stop: int) -> BlockTotals:
+        totals, goes_on = empty_totals(), True
+        while goes_on:
+            first, train = self.state.step + 0, self.data.train  # a copy: the state is donated
+            pairing = pair(self.plan, train, self.settings, first)
+            until = stop if pairing is None else min(stop, int(first) + ASSIGNED_STEPS)
+            self.state, more = run_block(
+                self.plan, self.state, self.fixed, train, self.settings, jnp.int32(until), pairing
+            )
+            totals = jax.tree.map(jnp.add, totals, more)
+            goes_on = int(self.state.step) == until < stop
+        return jax.block_until_ready(totals)
+
+    def _validate(self) -> float:
+        """Return the validation loss; infinite where there is none or it is not finite."""
+        if self.data.valid is None:
+            return math.inf
+        arrays = self.state.params, self.fixed, self.data.valid, self.drawn
+        loss = float(validation_loss(self.plan, *arrays))
+        return loss if math.isfinite(loss) else math.inf
+
+    def _rate(self) -> float:
+        """Return the learning rate of the last update."""
+        updates = int(self.state.step) - int(self.state.refused.sum())
+        return float(self.settings.schedule(max(updates - 1, 0)))
+
+    def _causes(self) -> str:
+        counts = zip(CAUSES, self.state.refused.tolist(), strict=True)
+        return ", ".join(f"{cause} {count}" for cause, count in counts if count)
+
+
+@partial(jax.jit, static_argnames="trace")
+def _read_latent(flow: CNF, x: Array, key: Array, trace: Trace) -> FlowReading:
+    with jax.default_matmul_precision("float32"):
+        return flow.read(x, jnp.ones(1), trace=trace, key=key)

@@ -1,0 +1,73 @@
+"""From a gradient to the next state: the optimiser's step, or its refusal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from cpmm_jax.training.config import Schedule
+from cpmm_jax.training.objective import Diagnostics
+from cpmm_jax.training.state import CAUSES, BlockTotals, TrainState
+
+
+def advance(
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule | None,
+    state: TrainState,
+    loss: Float[Array, ""],
+    solve: Diagnostics,
+    grads: Any,
+) -> tuple[TrainState, BlockTotals]:
+    """Apply a gradient, or refuse it and leave parameters and optimiser state as they are.
+
+    A step is refused where the solve failed, or where loss, gradient or new parameters are not
+    finite (an overflow of the gradient's norm counts, since the optimiser would square it).
+
+    Args:
+        optimizer: an optax transformation.
+        schedule: learning rate by number of updates; None for an optimiser that has its own.
+        state: the state before the step.
+        loss: this step's loss.
+        solve: how its solve went.
+        grads: the gradient of the loss, a pytree like `state.params`.
+
+    Returns:
+        The state after the step, and this step's totals (all zero if it was refused).
+    """
+    grad_norm = optax.tree.norm(grads)
+    extended = optax.with_extra_args_support(optimizer)
+    updates, opt_state = extended.update(grads, state.opt_state, state.params, value=loss)
+    if schedule is not None:
+        rate = schedule(state.step - state.refused.sum())
+        updates = jax.tree.map(lambda update: -rate.astype(update.dtype) * update, updates)
+    params = optax.apply_updates(state.params, updates)
+
+    finite = jnp.isfinite(ravel_pytree(params)[0]).all()
+    checks = jnp.stack([solve.ok, jnp.isfinite(loss), jnp.isfinite(grad_norm), finite])
+    accepted = checks.all()
+    cause = jnp.argmin(checks)  # the first check that fails
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(accepted, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    new_state = TrainState(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        refused=state.refused + (~accepted & (jnp.arange(len(CAUSES)) == cause)),
+        refused_in_a_row=jnp.where(accepted, 0, state.refused_in_a_row + 1),
+        last_failure=jnp.where(solve.ok, state.last_failure, solve.result),
+    )
+    totals = BlockTotals(
+        loss=jnp.where(accepted, loss, 0.0).astype(jnp.float32),
+        grad_norm=jnp.where(accepted, grad_norm, 0.0).astype(jnp.float32),
+        ode_steps=jnp.where(accepted, solve.num_steps, 0).astype(jnp.float32),
+        accepted=accepted.astype(jnp.int32),
+    )
+    return new_state, totals
