@@ -23,7 +23,7 @@ from benchmarks.peers import find, missing
 from benchmarks.report import Report, Table, main
 from cpmm_jax import artifact
 from cpmm_jax.dynamics.trajectory import GridTimes
-from cpmm_jax.recipe import TAIL_NOISE
+from cpmm_jax.pipeline import TAIL_NOISE
 from cpmm_jax.solver_study.timing import interleave
 
 DIM, CLASSES, TIMES, RANK = 64, 10, 16, 12

@@ -25,8 +25,9 @@ from cpmm_jax import __version__
 from cpmm_jax.data.builtin import BUILTIN_NAMES
 from cpmm_jax.data.checks import show_path
 from cpmm_jax.data.readers import FILE_KINDS
-from cpmm_jax.errors import ConfigError, CpmmError, DataWarning, RunError
+from cpmm_jax.errors import ConfigError, CpmmError, DataWarning, FlowWarning, RunError
 from cpmm_jax.evaluate import evaluate
+from cpmm_jax.recipe import CURRICULA
 from cpmm_jax.run import Run, Source, fit_run, open_run, read_examples
 
 _DATA_HELP = f"a built-in name ({', '.join(BUILTIN_NAMES)}) or the path of an {FILE_KINDS}"
@@ -99,6 +100,12 @@ def build_parser() -> argparse.ArgumentParser:
         fit.add_argument(
             f"--{name}", type=_at_least(least), metavar=metavar, help=f"{text}; default: from DATA"
         )
+    fit.add_argument(
+        "--curriculum", choices=CURRICULA, default="none", help="train towards DATA along a map"
+    )
+    fit.add_argument(
+        "--flow", metavar="PATH", help="an earlier run on DATA, whose flow is the curriculum"
+    )
     fit.add_argument("--learning-rate", type=_rate, metavar="RATE", help="highest learning rate")
     fit.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="default: 0")
     fit.add_argument("--overwrite", action="store_true", help="replace a run that exists")
@@ -161,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in compilation_cache().items():  # JAX reads them when it is first imported
         os.environ.setdefault(name, value)
     with warnings.catch_warnings():
-        warnings.simplefilter("always", DataWarning)
+        for kind in (DataWarning, FlowWarning):
+            warnings.simplefilter("always", kind)
         warnings.showwarning = _show_warning
         try:
             arguments.run(arguments)
@@ -207,6 +215,8 @@ def _fit(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
+        curriculum=arguments.curriculum if arguments.flow is None else "flow",
+        flow=arguments.flow,
     )
     print(_table(metrics))
     print(f"\nThe run is in {arguments.out}. Next: cpmm plot {arguments.out}")

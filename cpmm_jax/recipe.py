@@ -1,37 +1,13 @@
-"""From a table to a fitted mixture in its units: default settings, and the whole path.
-
-Data are standardised, the model's size follows from the data where it is not given, the
-trajectories start at examples or at components fitted by EM, EM goes on from the extracted mixture
-as long as validation gains, and the result is carried back to the units of the data.
-"""
+"""The settings of a fit: those given, and for the others what suits N, D and the classes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
+from dataclasses import dataclass
 
 from cpmm_jax.data.checks import check_enough_rows
-from cpmm_jax.data.dataset import Dataset, split
-from cpmm_jax.data.standardise import Standardizer
 from cpmm_jax.errors import ConfigError
-from cpmm_jax.mixture.em import fit_em, polish
-from cpmm_jax.mixture.hierarchy import HierarchicalMFA
-from cpmm_jax.models.cpmm import CPMM
-from cpmm_jax.models.selection import polish_by_validation
-from cpmm_jax.training.config import TrainConfig
-from cpmm_jax.training.loop import FitResult, fit
 
-TAIL_NOISE = 0.1  # of a column's variance, which is 1 in the units of the model
-EM_ROUNDS = 50  # at the start
-SHORT_SCALE, LONG_SCALE = 0.1, 0.3  # of the field's output where the start is local
+CURRICULA = ("none", "interpolant", "flow")
 REFIT_BELOW = 5000  # rows under which a validation part is too much to leave out of the fit
 
 
@@ -49,6 +25,8 @@ class Recipe:
         local_start: whether trajectories start as the components of a mixture fitted by EM, one
             for each, and move little at first; else at examples, and move across the data.
         polish: whether EM goes on from the extracted mixture, as long as validation gains.
+        curriculum: along which map to a Gaussian to train first: "none", "interpolant", or "flow",
+            one that is trained by flow matching.
         tails: probability of the broad twin that every component is given after training (see
             `MFA.with_tails`); 0 for none.
         widths: hidden units of the field.
@@ -68,6 +46,7 @@ class Recipe:
     rank: int
     local_start: bool
     polish: bool
+    curriculum: str
     tails: float
     widths: tuple[int, ...]
     steps: int
@@ -96,6 +75,7 @@ def recommend(
     steps: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
+    curriculum: str = "none",
     seed: int = 0,
 ) -> Recipe:
     """Choose the settings that are not given from N, D and the number of classes.
@@ -116,6 +96,7 @@ def recommend(
         steps: training steps.
         batch_size: examples in a step.
         learning_rate: highest learning rate.
+        curriculum: "none", "interpolant" or "flow".
         seed: seed of everything random.
 
     Returns:
@@ -141,6 +122,10 @@ def recommend(
             f"`rank` must be at most D = {dim}, the number of features; got {rank}. "
             f"Ranks near {min(4, dim)} are a good start."
         )
+    if curriculum not in CURRICULA:
+        raise ConfigError(
+            f"`curriculum` must be one of {', '.join(CURRICULA)}; got {curriculum!r}."
+        )
     classes = num_classes if labelled else 1
     rows = num_examples / classes  # of one class
     tails = 0.1 if components is None and _few(rows, dim) else 0.0
@@ -162,8 +147,9 @@ def recommend(
         num_times=times,
         train_times=_default_train_times(rows, dim, times),
         rank=_default_rank(rows, dim) if rank is None else rank,
-        local_start=_ample(rows, dim),
+        local_start=_ample(rows, dim) and curriculum == "none",
         polish=_ample(rows, dim),
+        curriculum=curriculum,
         tails=tails,
         widths=(128, 128) if dim < 16 else (256, 256),
         steps=(1500 if _few(rows, dim) else 3000) if steps is None else steps,
@@ -212,152 +198,3 @@ def _default_train_times(rows: float, dim: int, times: int) -> int:
 
 def _default_rank(rows: float, dim: int) -> int:
     return max(0, min(dim - 1, 4 if rows > 100 * dim or dim <= 16 else 12))
-
-
-@dataclass(frozen=True, kw_only=True)
-class FittedMixture:
-    """A mixture fitted to a table.
-
-    Attributes:
-        mixture: the extracted components, in the units of the data as given.
-        model: the trained model, in standardised units.
-        standardizer: from the units of the data to those of the model.
-        recipe: the settings used.
-        result: what `fit` returned (before a refit: with the validation scores).
-    """
-
-    mixture: HierarchicalMFA
-    model: CPMM
-    standardizer: Standardizer
-    recipe: Recipe
-    result: FitResult
-
-    @property
-    def num_parameters(self) -> int:
-        """Numbers that make up the mixture: neither the network, nor twins, which follow."""
-        components = sum(leaf.size for leaf in jax.tree.leaves(self.mixture.components))
-        twins = 2 if self.recipe.tails else 1
-        return int(self.mixture.class_logits.size + components // twins)
-
-
-def fit_mixture(
-    x_train: np.ndarray,
-    y_train: np.ndarray | None,
-    x_valid: np.ndarray | None,
-    y_valid: np.ndarray | None,
-    recipe: Recipe,
-    *,
-    feature_names: Sequence[str] | None = None,
-    metrics_path: str | Path | None = None,
-    progress: bool | None = None,
-) -> FittedMixture:
-    """Standardise, fit a CPMM, extract its components, and return to the units of the data.
-
-    Args:
-        x_train: training examples, shape (N, D).
-        y_train: class codes, shape (N,), or None.
-        x_valid: validation examples; None to cut them from the training rows.
-        y_valid: their class codes.
-        recipe: see `recommend`.
-        feature_names: D names, for the warnings.
-        metrics_path: as for `fit`.
-        progress: as for `fit`.
-
-    Returns:
-        A `FittedMixture`, whose log-densities include the Jacobian of the standardisation.
-    """
-    config = TrainConfig(
-        steps=recipe.steps,
-        batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        num_times=recipe.train_times,
-        valid_times=recipe.num_times,
-        patience=recipe.patience,
-        seed=recipe.seed,
-    )
-    standardizer = Standardizer.fit(x_train, names=feature_names)
-    floor = standardizer.noise_floor()
-    z, y = standardizer.transform(x_train), y_train
-    if x_valid is None:  # the rows that `fit` would take
-        cut = config.valid_fraction
-        parts = split(Dataset("z", z, y), seed=recipe.seed, valid_fraction=cut, test_fraction=0.0)
-        z, y, z_valid, y_valid = parts.x_train, parts.y_train, parts.x_valid, parts.y_valid
-    else:
-        z_valid = standardizer.transform(x_valid)
-    result = fit(
-        build_model(z, y, floor, recipe),
-        z,
-        y,
-        config=config,
-        x_valid=z_valid,
-        y_valid=y_valid,
-        metrics_path=metrics_path,
-        progress=progress,
-    )
-    model = result.model
-    extracted: Any = model.extract(recipe.num_times)
-    rounds = 0
-    if recipe.polish and z_valid is not None:
-        polished = polish_by_validation(extracted, z, y, x_valid=z_valid, y_valid=y_valid)
-        extracted, rounds = polished.mixture, polished.rounds
-    if recipe.refit and result.best_step > 0 and z_valid is not None:
-        z = np.concatenate([z, z_valid])
-        y = None if y is None or y_valid is None else np.concatenate([y, y_valid])
-        final = replace(config, steps=result.best_step, valid_fraction=0.0, patience=None)
-        model = fit(build_model(z, y, floor, recipe), z, y, config=final, progress=progress).model
-        extracted = polish(model.extract(recipe.num_times), z, y, max_iter=rounds, tol=0.0)
-    if recipe.tails:
-        extracted = extracted.with_tails(TAIL_NOISE, recipe.tails)
-    return FittedMixture(
-        mixture=extracted.affine(standardizer.scale, standardizer.shift),
-        model=model,
-        standardizer=standardizer,
-        recipe=recipe,
-        result=result,
-    )
-
-
-def build_model(
-    z: np.ndarray, y: np.ndarray | None, noise_floor: np.ndarray, recipe: Recipe
-) -> CPMM:
-    """Build an untrained CPMM whose trajectories start at examples, or at components fitted by EM.
-
-    Args:
-        z: standardised training examples, shape (N, D).
-        y: class codes, or None.
-        noise_floor: smallest noise variance of each feature, shape (D,).
-        recipe: sizes and seed.
-    """
-    rng = np.random.default_rng(recipe.seed)
-    by_class = [z if y is None else z[y == c] for c in range(recipe.num_classes)]
-    short = recipe.num_times <= 2
-    make = partial(
-        CPMM,
-        z.shape[1],
-        recipe.rank,
-        recipe.num_classes,
-        recipe.num_trajectories,
-        widths=recipe.widths,
-        noise_floor=noise_floor,
-        rngs=nnx.Rngs(recipe.seed),
-    )
-    if not recipe.local_start:
-        count = recipe.num_trajectories
-        starts = [rows[rng.choice(len(rows), count)] for rows in by_class]
-        return make(initial_means=np.stack(starts))
-    count = recipe.num_trajectories
-    if y is None:  # every trajectory is a class
-        by_class, count = [z], recipe.num_classes
-    settings: Any = {"noise_floor": 2 * noise_floor, "max_iter": EM_ROUNDS, "seed": recipe.seed}
-    local = [fit_em(rows, count, recipe.rank, **settings).mixture for rows in by_class]
-    lead = (recipe.num_classes, recipe.num_trajectories)
-    logits, means, loadings, log_noise = (
-        jnp.stack(leaves).reshape(*lead, *leaves[0].shape[1:])
-        for leaves in zip(*map(jax.tree.leaves, local), strict=True)
-    )
-    model = make(initial_means=means, output_scale=SHORT_SCALE if short else LONG_SCALE)
-    model.loadings = nnx.Param(loadings)
-    model.log_noise = nnx.Param(jnp.log(jnp.exp(log_noise) - noise_floor.astype(log_noise.dtype)))
-    weights = model.trajectory_logits if y is not None else model.class_logits
-    weights[...] = logits.reshape(weights.shape)
-    return model

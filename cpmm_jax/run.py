@@ -5,7 +5,7 @@ metrics.jsonl   one line per report of the training
 metrics.json    the result on the test part
 mixture.npz     the extracted mixture, which NumPy alone reads
 checkpoints/    model/: the trained model with its field, in standardised units, to study it or to
-                extract it anew (see `training.checkpoint`)
+                extract it anew (see `training.checkpoint`); flow/: that of the curriculum
 figures/        what `cpmm plot` and `cpmm bench-solvers` draw
 """
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from cpmm_jax.models.cpmm import CPMM
 
 SCHEMA = 1
-MODEL = Path("checkpoints", "model")  # of a run folder
+MODEL, FLOW = Path("checkpoints", "model"), Path("checkpoints", "flow")  # of a run folder
 _LIBRARIES = ("jax", "flax", "diffrax", "optax", "numpy")
 
 
@@ -195,6 +195,7 @@ def fit_run(
     *,
     overwrite: bool = False,
     progress: bool | None = None,
+    flow: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Fit a mixture and leave a run folder.
@@ -204,6 +205,7 @@ def fit_run(
         out: the folder, which must not exist.
         overwrite: replace a run that is there.
         progress: as for `fit`.
+        flow: an earlier run on the same data, or the folder of its flow, for the curriculum "flow".
         **settings: those of `recommend` that are not to follow from the data.
 
     Returns:
@@ -221,8 +223,10 @@ def fit_run(
     with new_folder(out, overwrite=overwrite) as folder:
         data = source.load_parts()
         # Here and not above: reading data, evaluating and sampling need no JAX.
-        from cpmm_jax.recipe import fit_mixture, recommend
-        from cpmm_jax.training.checkpoint import save_model
+        from cpmm_jax.dynamics.flow import CNF
+        from cpmm_jax.pipeline import fit_mixture
+        from cpmm_jax.recipe import recommend
+        from cpmm_jax.training.checkpoint import load_model, save_model
 
         assert data.x_test is not None  # `split` made it
         y_train = data.y_train if source.labels else None
@@ -234,12 +238,14 @@ def fit_run(
             seed=source.seed,
             **settings,
         )
+        known = None if flow is None else load_model(_flow_folder(flow), CNF)
         fitted = fit_mixture(
             data.x_train,
             y_train,
             data.x_valid,
             data.y_valid if source.labels else None,
             recipe,
+            flow=known,
             feature_names=data.feature_names,
             metrics_path=folder / "metrics.jsonl",
             progress=progress,
@@ -256,6 +262,8 @@ def fit_run(
             },
         )
         save_model(folder / MODEL, fitted.model)
+        if fitted.flow is not None:
+            save_model(folder / FLOW, fitted.flow)
         mixture = artifact.load(folder / "mixture.npz")
         scores = evaluate(mixture, data.x_test, data.y_test, supervised=source.labels)
         scores = {name if name in _BARE else f"test_{name}": v for name, v in scores.items()}
@@ -285,6 +293,11 @@ def fit_run(
             },
         )
     return metrics
+
+
+def _flow_folder(path: str | os.PathLike[str]) -> Path:
+    inside = Path(path, FLOW)
+    return inside if inside.is_dir() else Path(path)
 
 
 _BARE = ("accuracy", "nmi", "ari")  # these say by themselves that they are of the test part

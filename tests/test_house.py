@@ -27,6 +27,7 @@ ROOMS = [
     "evaluate",
     "plotting",
     "recipe",
+    "pipeline",
     "solver_study",
     "run",
     "estimators",

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from cpmm_jax.recipe import fit_mixture, recommend
+from cpmm_jax.pipeline import fit_mixture
+from cpmm_jax.recipe import recommend
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffrax
 import jax
@@ -24,21 +24,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from cpmm_jax.dynamics.flow import CNF
 from cpmm_jax.dynamics.solve import SolverConfig
 from cpmm_jax.errors import ConfigError, RunError
 from cpmm_jax.models.cpmm import CPMM
 
+Model = TypeVar("Model", CPMM, CNF)
+
 SCHEMA = 1
 _SETTINGS, _PARAMETERS = "model.json", "parameters"
+_SOLVERS = ("solver", "eval_solver")
 _NUMBERS = ("num_steps", "rtol", "atol", "max_steps")  # of a SolverConfig
 
 
-def save_model(folder: str | os.PathLike[str], model: CPMM) -> None:
+def save_model(folder: str | os.PathLike[str], model: CPMM | CNF) -> None:
     """Write a model into a new folder, from which `load_model` builds it again.
 
     Args:
         folder: where to write; it must not exist, and is made with its parents.
-        model: any CPMM whose solver `describe_solver` can describe.
+        model: any CPMM or CNF whose solver `describe_solver` can describe.
 
     Raises:
         RunError: the folder exists or cannot be written.
@@ -56,7 +60,7 @@ def save_model(folder: str | os.PathLike[str], model: CPMM) -> None:
     """
     import orbax.checkpoint as ocp  # not with the package: it takes its time
 
-    content = {"schema": SCHEMA, "model": _settings(model), "solver": describe_solver(model.solver)}
+    content = {"schema": SCHEMA, **_describe(model)}
     folder = Path(folder).resolve()  # Orbax wants an absolute path
     try:
         folder.mkdir(parents=True)
@@ -72,11 +76,16 @@ def save_model(folder: str | os.PathLike[str], model: CPMM) -> None:
         ) from error
 
 
-def load_model(folder: str | os.PathLike[str]) -> CPMM:
+def load_model(folder: str | os.PathLike[str], kind: type[Model] = CPMM) -> Model:  # type: ignore[assignment]
     """Read a model that `save_model` has written; it is the same to the last bit.
 
+    Args:
+        folder: where it is.
+        kind: `CPMM` or `CNF`.
+
     Raises:
-        RunError: nothing there, damaged, of a later schema, or in 64 bits while JAX is not.
+        RunError: nothing there, another kind, damaged, of a later schema, or in 64 bits while JAX
+            is not.
     """
     import orbax.checkpoint as ocp
 
@@ -97,18 +106,23 @@ def load_model(folder: str | os.PathLike[str]) -> CPMM:
             f"{str(folder)!r} must hold a model of schema {SCHEMA}; got schema {schema!r}; "
             "read it with the version of cpmm_jax that wrote it."
         )
+    if content.get("kind", CPMM.__name__) != kind.__name__:
+        raise RunError(
+            f"{str(folder)!r} must hold a {kind.__name__}; got a {content.get('kind')}; "
+            "name the folder of the other."
+        )
     try:
         if content.pop("checksum") != _checksum(content, folder / _PARAMETERS):
             raise ValueError("files that are not those written")
-        settings = dict(content["model"])
+        settings: dict[str, Any] = dict(content["model"])
         dtype = jnp.dtype(settings.pop("param_dtype"))
-        solver = build_solver(content["solver"])
+        settings |= {name: build_solver(content[name]) for name in _SOLVERS if name in content}
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:
             raise RunError(
                 f"{str(folder)!r} must be read in the precision of its parameters; got {dtype} "
                 "with JAX in 32 bits; read it within `jax.enable_x64(True)`."
             )
-        build = partial(CPMM, **settings, param_dtype=dtype, solver=solver)
+        build: Any = partial(kind, **settings, param_dtype=dtype)
         model = jax.eval_shape(lambda: build(rngs=nnx.Rngs(0)))  # no parameter is drawn
         with ocp.StandardCheckpointer() as checkpointer:
             arrays = checkpointer.restore(folder / _PARAMETERS, _parameters(model))
@@ -144,23 +158,34 @@ def _damaged(folder: Path, error: Exception) -> RunError:
     )
 
 
-def _settings(model: CPMM) -> dict[str, Any]:
-    """Return the arguments of `CPMM` that shape a model; those that only start it are left out."""
-    return {
+def _describe(model: CPMM | CNF) -> dict[str, Any]:
+    """Return kind, solvers and the arguments that shape a model; not those that only start it."""
+    settings = {
         "dim": model.dim,
+        "widths": [layer.out_features for layer in model.field.layers],
+        "activation": model.field.activation,
+        "param_dtype": model.field.output.kernel.dtype.name,
+    }
+    solvers = {
+        name: describe_solver(getattr(model, name)) for name in _SOLVERS if hasattr(model, name)
+    }
+    if isinstance(model, CPMM):
+        settings |= _sizes(model)
+    return {"kind": type(model).__name__, "model": settings, **solvers}
+
+
+def _sizes(model: CPMM) -> dict[str, Any]:
+    return {
         "rank": model.rank,
         "num_classes": model.num_classes,
         "num_trajectories": model.num_trajectories,
         "augmented": model.augmented.shape[-1],
-        "widths": [layer.out_features for layer in model.field.layers],
-        "activation": model.field.activation,
         "evolve_weights": model.logits is not None,
         "field_per_class": model.field_per_class,
-        "param_dtype": model.means.dtype.name,
     }
 
 
-def _parameters(model: CPMM) -> dict[str, Any]:
+def _parameters(model: CPMM | CNF) -> dict[str, Any]:
     """Return the arrays of a model as nested dictionaries with keys of text.
 
     Arrays without entries (loadings of rank 0, say) are left out: Orbax refuses them.

@@ -82,6 +82,8 @@ class Staircase:
         self._begin(self._index + 1, step)
 
     def _begin(self, index: int, step: int) -> None:
+        while self._ends[index] <= step and index < len(self._ends) - 1:
+            index += 1  # fewer steps than stages
         self._index, self._start = index, step
         self._score = -math.inf
         train, valid = self._data.train, self._data.valid

@@ -14,7 +14,8 @@ from cpmm_jax.mixture.em import fit_em
 from cpmm_jax.mixture.initialise import kmeans_start, random_start
 from cpmm_jax.models.direct import DirectMFA
 from cpmm_jax.models.selection import polish_by_validation
-from cpmm_jax.recipe import TAIL_NOISE, fit_mixture, recommend
+from cpmm_jax.pipeline import TAIL_NOISE, fit_mixture
+from cpmm_jax.recipe import recommend
 from experiments.compare.methods import Rows, Size, component_counts
 from experiments.compare.search import Axes, Budget, Choice, Density, Fitted, search
 

@@ -35,6 +35,23 @@ def test_fit_leaves_a_run(run: Path) -> None:
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_curriculum_leaves_its_flow_for_the_next_run(
+    table: Path, cpmm: Cpmm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpmm_jax.pipeline.FLOW_STEPS", 5)
+    fit = ("fit", table, "--label", "kind", *SETTINGS)
+    answer = cpmm(*fit, "--out", tmp_path / "first", "--curriculum", "flow")
+    assert answer.code == 0
+    again = cpmm(*fit, "--out", tmp_path / "again", "--flow", tmp_path / "first")
+    assert (again.code, again.err) == (0, "")
+    flows = [tmp_path / name / "checkpoints" / "flow" / "model.json" for name in ("first", "again")]
+    assert flows[0].read_text() == flows[1].read_text()  # the checksum of the parameters included
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["recipe"]["curriculum"] == "flow"
+    positions = [report["v"] for report in open_run(tmp_path / "again").history()]
+    assert positions == sorted(positions, reverse=True) and positions[-1] == 0
+
+
 def test_scores_are_in_the_units_of_the_data(run: Path, table: Path) -> None:
     opened = open_run(run)
     examples = read_examples(opened, str(table))

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from cpmm_jax.dynamics.flow import CNF
 from cpmm_jax.dynamics.solve import SolverConfig
 from cpmm_jax.errors import ConfigError, RunError
 from cpmm_jax.models.cpmm import CPMM
@@ -155,6 +156,20 @@ def test_what_is_not_a_model_gets_one_line(
     with pytest.raises(RunError, match=message) as caught:
         load_model(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_a_flow_comes_back_to_the_last_bit(stored: Path, tmp_path: Path) -> None:
+    solver = SolverConfig(solver=TSIT5, num_steps=4)
+    flow = CNF(3, widths=(5, 4), solver=solver, output_scale=1.0, rngs=nnx.Rngs(0))
+    save_model(tmp_path / "flow", flow)
+    again = load_model(tmp_path / "flow", CNF)
+    assert jax.tree.structure(again) == jax.tree.structure(flow)
+    for mine, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(flow), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    with pytest.raises(RunError, match="must hold a CPMM; got a CNF"):
+        load_model(tmp_path / "flow")
+    with pytest.raises(RunError, match="must hold a CNF; got a CPMM"):
+        load_model(stored, CNF)
 
 
 def test_nothing_is_written_over(stored: Path, tmp_path: Path) -> None:

@@ -1,0 +1,233 @@
+"""From a table to a fitted mixture in its units: the whole path.
+
+Data are standardised, the trajectories start at examples or at components fitted by EM, train along
+a curriculum if asked to, EM goes on from the extracted mixture as long as validation gains, and the
+result is carried back to the units of the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cpmm_jax.curriculum import Curriculum, FlowCurriculum, InterpolantCurriculum, NoCurriculum
+from cpmm_jax.data.dataset import Dataset, split
+from cpmm_jax.data.standardise import Standardizer
+from cpmm_jax.dynamics.flow import CNF
+from cpmm_jax.mixture.em import fit_em, polish
+from cpmm_jax.mixture.hierarchy import HierarchicalMFA
+from cpmm_jax.models.cpmm import CPMM
+from cpmm_jax.models.selection import polish_by_validation
+from cpmm_jax.recipe import Recipe
+from cpmm_jax.training.config import TrainConfig
+from cpmm_jax.training.flow import fit_flow
+from cpmm_jax.training.flow_objective import FlowMatching
+from cpmm_jax.training.loop import FitResult, fit
+
+TAIL_NOISE = 0.1  # of a column's variance, which is 1 in the units of the model
+EM_ROUNDS = 50  # at the start
+SHORT_SCALE, LONG_SCALE = 0.1, 0.3  # of the field's output where the start is local
+FLOW_STEPS = 4000
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedMixture:
+    """A mixture fitted to a table.
+
+    Attributes:
+        mixture: the extracted components, in the units of the data as given.
+        model: the trained model, in standardised units.
+        standardizer: from the units of the data to those of the model.
+        recipe: the settings used.
+        result: what `fit` returned (before a refit: with the validation scores).
+        flow: the flow of the curriculum, in standardised units; None where there is none.
+    """
+
+    mixture: HierarchicalMFA
+    model: CPMM
+    standardizer: Standardizer
+    recipe: Recipe
+    result: FitResult
+    flow: CNF | None
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that make up the mixture: neither the network, nor twins, which follow."""
+        components = sum(leaf.size for leaf in jax.tree.leaves(self.mixture.components))
+        twins = 2 if self.recipe.tails else 1
+        return int(self.mixture.class_logits.size + components // twins)
+
+
+def fit_mixture(
+    x_train: np.ndarray,
+    y_train: np.ndarray | None,
+    x_valid: np.ndarray | None,
+    y_valid: np.ndarray | None,
+    recipe: Recipe,
+    *,
+    flow: CNF | None = None,
+    feature_names: Sequence[str] | None = None,
+    metrics_path: str | Path | None = None,
+    progress: bool | None = None,
+) -> FittedMixture:
+    """Standardise, fit a CPMM, extract its components, and return to the units of the data.
+
+    Args:
+        x_train: training examples, shape (N, D).
+        y_train: class codes, shape (N,), or None.
+        x_valid: validation examples; None to cut them from the training rows.
+        y_valid: their class codes.
+        recipe: see `recommend`.
+        flow: one trained on these data before, in standardised units, for the curriculum "flow";
+            None to train one.
+        feature_names: D names, for the warnings.
+        metrics_path: as for `fit`.
+        progress: as for `fit`.
+
+    Returns:
+        A `FittedMixture`, whose log-densities include the Jacobian of the standardisation.
+    """
+    config = TrainConfig(
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        num_times=recipe.train_times,
+        valid_times=recipe.num_times,
+        patience=recipe.patience,
+        seed=recipe.seed,
+    )
+    standardizer = Standardizer.fit(x_train, names=feature_names)
+    floor = standardizer.noise_floor()
+    z, y = standardizer.transform(x_train), y_train
+    if x_valid is None:  # the rows that `fit` would take
+        cut = config.valid_fraction
+        parts = split(Dataset("z", z, y), seed=recipe.seed, valid_fraction=cut, test_fraction=0.0)
+        z, y, z_valid, y_valid = parts.x_train, parts.y_train, parts.x_valid, parts.y_valid
+    else:
+        z_valid = standardizer.transform(x_valid)
+    curriculum = build_curriculum(z, z_valid, recipe, flow, progress=progress)
+    result = fit(
+        build_model(z, y, floor, recipe, curriculum),
+        z,
+        y,
+        config=config,
+        curriculum=curriculum,
+        x_valid=z_valid,
+        y_valid=y_valid,
+        metrics_path=metrics_path,
+        progress=progress,
+    )
+    model = result.model
+    extracted: Any = model.extract(recipe.num_times)
+    rounds = 0
+    if recipe.polish and z_valid is not None:
+        polished = polish_by_validation(extracted, z, y, x_valid=z_valid, y_valid=y_valid)
+        extracted, rounds = polished.mixture, polished.rounds
+    if recipe.refit and result.best_step > 0 and z_valid is not None:
+        z = np.concatenate([z, z_valid])
+        y = None if y is None or y_valid is None else np.concatenate([y, y_valid])
+        final = replace(config, steps=result.best_step, valid_fraction=0.0, patience=None)
+        start = build_model(z, y, floor, recipe, curriculum)
+        model = fit(start, z, y, config=final, curriculum=curriculum, progress=progress).model
+        extracted = polish(model.extract(recipe.num_times), z, y, max_iter=rounds, tol=0.0)
+    if recipe.tails:
+        extracted = extracted.with_tails(TAIL_NOISE, recipe.tails)
+    return FittedMixture(
+        mixture=extracted.affine(standardizer.scale, standardizer.shift),
+        model=model,
+        standardizer=standardizer,
+        recipe=recipe,
+        result=result,
+        flow=curriculum.flow if isinstance(curriculum, FlowCurriculum) else None,
+    )
+
+
+def build_curriculum(
+    z: np.ndarray,
+    z_valid: np.ndarray | None,
+    recipe: Recipe,
+    flow: CNF | None = None,
+    *,
+    progress: bool | None = None,
+) -> Curriculum:
+    """Return the curriculum that the recipe names; a flow that is not given is trained.
+
+    Args:
+        z: standardised training examples, shape (N, D).
+        z_valid: standardised validation examples, or None.
+        recipe: names the curriculum; its seed.
+        flow: one trained before.
+        progress: as for `fit`.
+    """
+    if recipe.curriculum == "none":
+        return NoCurriculum()
+    if recipe.curriculum == "interpolant":
+        return InterpolantCurriculum()
+    if flow is None:
+        untrained = CNF(z.shape[1], rngs=nnx.Rngs(recipe.seed))
+        config = TrainConfig(steps=FLOW_STEPS, seed=recipe.seed)
+        settings: Any = {"objective": FlowMatching(), "config": config, "progress": progress}
+        flow = fit_flow(untrained, z, x_valid=z_valid, **settings).flow
+    return FlowCurriculum(flow)
+
+
+def build_model(
+    z: np.ndarray,
+    y: np.ndarray | None,
+    noise_floor: np.ndarray,
+    recipe: Recipe,
+    curriculum: Curriculum = NoCurriculum(),  # noqa: B008
+) -> CPMM:
+    """Build an untrained CPMM whose trajectories start at examples, or at components fitted by EM.
+
+    Args:
+        z: standardised training examples, shape (N, D).
+        y: class codes, or None.
+        noise_floor: smallest noise variance of each feature, shape (D,).
+        recipe: sizes and seed.
+        curriculum: the examples are taken where it begins.
+    """
+    first = curriculum.stages.positions[0]
+    if first > 0:
+        z = np.asarray(curriculum.at(jnp.asarray(z), first, jax.random.key(recipe.seed)))
+    rng = np.random.default_rng(recipe.seed)
+    by_class = [z if y is None else z[y == c] for c in range(recipe.num_classes)]
+    short = recipe.num_times <= 2
+    make = partial(
+        CPMM,
+        z.shape[1],
+        recipe.rank,
+        recipe.num_classes,
+        recipe.num_trajectories,
+        widths=recipe.widths,
+        noise_floor=noise_floor,
+        rngs=nnx.Rngs(recipe.seed),
+    )
+    if not recipe.local_start:
+        count = recipe.num_trajectories
+        starts = [rows[rng.choice(len(rows), count)] for rows in by_class]
+        return make(initial_means=np.stack(starts))
+    count = recipe.num_trajectories
+    if y is None:  # every trajectory is a class
+        by_class, count = [z], recipe.num_classes
+    settings: Any = {"noise_floor": 2 * noise_floor, "max_iter": EM_ROUNDS, "seed": recipe.seed}
+    local = [fit_em(rows, count, recipe.rank, **settings).mixture for rows in by_class]
+    lead = (recipe.num_classes, recipe.num_trajectories)
+    logits, means, loadings, log_noise = (
+        jnp.stack(leaves).reshape(*lead, *leaves[0].shape[1:])
+        for leaves in zip(*map(jax.tree.leaves, local), strict=True)
+    )
+    model = make(initial_means=means, output_scale=SHORT_SCALE if short else LONG_SCALE)
+    model.loadings = nnx.Param(loadings)
+    model.log_noise = nnx.Param(jnp.log(jnp.exp(log_noise) - noise_floor.astype(log_noise.dtype)))
+    weights = model.trajectory_logits if y is not None else model.class_logits
+    weights[...] = logits.reshape(weights.shape)
+    return model
