@@ -33,8 +33,9 @@ from cpmm_jax.training.flow_objective import FlowMatching
 from cpmm_jax.training.loop import FitResult, fit
 
 TAIL_NOISE = 0.1  # of a column's variance, which is 1 in the units of the model
-EM_ROUNDS = 50  # at the start
-SHORT_SCALE, LONG_SCALE = 0.1, 0.3  # of the field's output where the start is local
+EM_STARTS, EM_ROUNDS = 3, 200  # before the training
+SCALES = {1: 0.03, 2: 0.1}  # of the field's output by T, where the start is local
+LONG_SCALE = 0.3  # for more
 FLOW_STEPS = 4000
 
 
@@ -200,7 +201,6 @@ def build_model(
         z = np.asarray(curriculum.at(jnp.asarray(z), first, jax.random.key(recipe.seed)))
     rng = np.random.default_rng(recipe.seed)
     by_class = [z if y is None else z[y == c] for c in range(recipe.num_classes)]
-    short = recipe.num_times <= 2
     make = partial(
         CPMM,
         z.shape[1],
@@ -218,14 +218,16 @@ def build_model(
     count = recipe.num_trajectories
     if y is None:  # every trajectory is a class
         by_class, count = [z], recipe.num_classes
-    settings: Any = {"noise_floor": 2 * noise_floor, "max_iter": EM_ROUNDS, "seed": recipe.seed}
-    local = [fit_em(rows, count, recipe.rank, **settings).mixture for rows in by_class]
+    settings: Any = {"n_init": EM_STARTS, "max_iter": EM_ROUNDS, "noise_floor": 2 * noise_floor}
+    local = [
+        fit_em(rows, count, recipe.rank, seed=recipe.seed, **settings).mixture for rows in by_class
+    ]
     lead = (recipe.num_classes, recipe.num_trajectories)
     logits, means, loadings, log_noise = (
         jnp.stack(leaves).reshape(*lead, *leaves[0].shape[1:])
         for leaves in zip(*map(jax.tree.leaves, local), strict=True)
     )
-    model = make(initial_means=means, output_scale=SHORT_SCALE if short else LONG_SCALE)
+    model = make(initial_means=means, output_scale=SCALES.get(recipe.num_times, LONG_SCALE))
     model.loadings = nnx.Param(loadings)
     model.log_noise = nnx.Param(jnp.log(jnp.exp(log_noise) - noise_floor.astype(log_noise.dtype)))
     weights = model.trajectory_logits if y is not None else model.class_logits

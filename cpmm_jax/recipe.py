@@ -129,8 +129,9 @@ def recommend(
     classes = num_classes if labelled else 1
     rows = num_examples / classes  # of one class
     tails = 0.1 if components is None and _few(rows, dim) else 0.0
+    rank = _default_rank(rows, dim) if rank is None else rank
     if trajectories is None:
-        trajectories = _default_trajectories(rows, dim, components, classes)
+        trajectories = _default_trajectories(rows, dim, rank, components, classes)
     if components is None:
         times = _default_times(rows, dim, trajectories)
     elif components % (classes * trajectories):
@@ -146,7 +147,7 @@ def recommend(
         num_trajectories=trajectories if labelled else 1,
         num_times=times,
         train_times=_default_train_times(rows, dim, times),
-        rank=_default_rank(rows, dim) if rank is None else rank,
+        rank=rank,
         local_start=_ample(rows, dim) and curriculum == "none",
         polish=_ample(rows, dim),
         curriculum=curriculum,
@@ -161,7 +162,9 @@ def recommend(
     )
 
 
-def _default_trajectories(rows: float, dim: int, components: int | None, classes: int) -> int:
+def _default_trajectories(
+    rows: float, dim: int, rank: int, components: int | None, classes: int
+) -> int:
     wanted = 8 if rows > 60 * dim else 2 if rows > 20 * dim else 1
     if dim > 3 and rows > 200 * dim:
         wanted = 40
@@ -172,8 +175,10 @@ def _default_trajectories(rows: float, dim: int, components: int | None, classes
             f"`components` must be a multiple of the {classes} classes; got {components}."
         )
     per_class = components // classes
-    if not _few(rows, dim):  # two times each, or eight where a component has few rows
-        wanted = per_class // (2 if rows >= 4 * dim * per_class else 8)
+    if not _few(rows, dim):  # the fewer rows a component has, the more of them share a trajectory
+        available = rows / per_class
+        times = 1 if available >= 6 * (rank + 2) * dim else 2 if available >= 4 * dim else 8
+        wanted = per_class // times
     return max(s for s in range(1, max(1, wanted) + 1) if per_class % s == 0)
 
 

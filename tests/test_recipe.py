@@ -46,3 +46,9 @@ def test_the_mixture_is_the_one_that_the_recipe_says(rng, tails: float) -> None:
     expected = in_model.log_prob(fitted.standardizer.transform(x))
     expected -= np.log(fitted.standardizer.scale).sum()
     np.testing.assert_allclose(mixture.log_prob(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "times"), [(20_000, 1), (8_000, 2), (1_500, 8)])
+def test_the_fewer_rows_a_component_has_the_more_share_a_trajectory(rows: int, times: int) -> None:
+    recipe = recommend(rows, 13, components=40, rank=4)
+    assert (recipe.num_classes, recipe.num_times) == (40 // times, times)

@@ -107,12 +107,14 @@ class ContinuousMixture:
             "rank": first.rank,
             "components": components,
             "trajectories": trajectories,
+            "local_start": first.local_start,
             "learning_rate": first.learning_rate,
         }
         axes: Axes = {
             "rank": _around(first.rank, most=dim - 1),
             "components": _around(components, most=n),
             "trajectories": _around(trajectories, most=components),
+            "local_start": (False, True),
             "learning_rate": LEARNING_RATES,
         }
         if self.size is not None:
@@ -121,9 +123,11 @@ class ContinuousMixture:
         return axes, start
 
     def _fit(self, data: Rows, seed: int, choice: Choice) -> Density:
-        recipe = recommend(*data.x_train.shape, **choice, steps=self.steps, seed=seed)
+        sizes = dict(choice)
+        local = sizes.pop("local_start")
+        recipe = recommend(*data.x_train.shape, **sizes, steps=self.steps, seed=seed)
         # Tails and EM as asked, and no second fit with the validation rows: as all methods here.
-        recipe = replace(recipe, tails=0.0, polish=False, refit=False)
+        recipe = replace(recipe, local_start=local, tails=0.0, polish=False, refit=False)
         found = fit_mixture(data.x_train, None, data.x_valid, None, recipe, progress=False)
         mixture: Any = found.mixture
         if self.polished:

@@ -133,10 +133,11 @@ def test_the_recipe_of_the_cpmm(
     found, _ = fit_blobs("cpmm_polish" if polished else "cpmm", size=size, budget=60.0)
     first, *others = recipes
     assert (first.steps, first.tails, first.refit) == (20, 0.0, False)
+    assert {recipe.local_start for recipe in recipes} == {True, False}
     assert ("tails" in found.settings) == (size is None)
     if size is not None:
         assert {recipe.num_components for recipe in recipes} == {4}
-        assert {recipe.num_classes for recipe in recipes} == {1, 2, 4}
+        assert {recipe.num_classes for recipe in recipes} == {2, 4}
     assert others and len({str(recipe) for recipe in recipes}) == found.tried
 
 
