@@ -12,7 +12,7 @@ CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python)
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench bench-full clean
+.PHONY: help venv demo test torture lint format bench bench-full clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -46,6 +46,9 @@ demo: $(STAMP) ## fit the digits, print the table, write the figures
 
 test: $(STAMP) ## run the tests and the doctests
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
+
+torture: $(STAMP) ## all tests, those that take long too, all programs fully optimised
+	CPMM_OPTIMISED_TESTS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m ""
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

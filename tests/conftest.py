@@ -36,6 +36,10 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Most of a cold run is compiling: outside tests/mixture, which is about precision, programs are
+    # optimised little. `make torture` optimises all of them.
+    optimised = os.environ.get("CPMM_OPTIMISED_TESTS") == "1"
+    jax.config.update("jax_disable_most_optimizations", not optimised)
     # Programs compiled by an earlier run (or the other worker) are read back: the same machine
     # code, sooner. The bound on the size also switches on the lock that keeps the workers from
     # reading a half-written entry; it needs `filelock`, without which there is no cache. (Programs

@@ -110,7 +110,7 @@ def test_fit_goes_down_the_stages(name: str) -> None:
     assert np.isfinite(mixture.log_prob(X)).all()
 
 
-@pytest.mark.parametrize("name", ["interpolant", "flow"])
+@pytest.mark.parametrize("name", ["interpolant", pytest.param("flow", marks=pytest.mark.slow)])
 def test_stages_trace_nothing_anew(name: str) -> None:
     config = replace(QUICK, steps=8, report_every=8)
     fit(start(), X, config=config, curriculum=PROVIDERS[name])

@@ -76,6 +76,7 @@ def adaptive() -> dict[str, SolverMeasurement]:
     return {m.name: m for m in found}
 
 
+@pytest.mark.slow
 def test_errors_fall_as_work_grows(
     measured: dict[str, SolverMeasurement], adaptive: dict[str, SolverMeasurement]
 ) -> None:
@@ -88,6 +89,7 @@ def test_errors_fall_as_work_grows(
         assert more.gradient_error > less.gradient_error
 
 
+@pytest.mark.slow
 def test_the_reference_is_exact(adaptive: dict[str, SolverMeasurement]) -> None:
     assert adaptive["equal"].error < 1e-9  # other steps, another way to the gradient
     assert adaptive["1e-08"].error < 1e-6

@@ -52,6 +52,8 @@ TABLE: list[tuple[diffrax.AbstractSolver, diffrax.AbstractAdjoint, float, dict[s
     (diffrax.Kvaerno3(), FORWARD, 1e-5, ADAPTIVELY),
 ]
 
+EVERY_RUN = {diffrax.ReversibleHeun, diffrax.Tsit5, diffrax.Euler, diffrax.Dopri5}
+
 # What diffrax itself turns down: settings, and its reason.
 REJECTED = {
     "an adjoint that knows the last time only": (
@@ -93,7 +95,10 @@ def solved(config: SolverConfig) -> Solution:
 
 @pytest.mark.parametrize(
     ("solver", "adjoint", "tolerance", "settings"),
-    TABLE,
+    [
+        pytest.param(*row, marks=[] if type(row[0]) in EVERY_RUN else [pytest.mark.slow])
+        for row in TABLE
+    ],
     ids=[f"{type(row[0]).__name__}-{type(row[1]).__name__}" for row in TABLE],
 )
 def test_gradients_match_finite_differences(

@@ -16,6 +16,15 @@ import scipy.special
 from cpmm_jax.mixture import MFA
 
 
+@pytest.fixture(scope="module", autouse=True)
+def optimised() -> Iterator[None]:
+    """Compile as users do: how a program rounds is part of what is tested here."""
+    before = jax.config.jax_disable_most_optimizations  # type: ignore[attr-defined]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def covariances(mixture: MFA) -> np.ndarray:
     """Return the (K, D, D) covariance matrices in float64."""
     loadings = np.asarray(mixture.loadings, np.float64)

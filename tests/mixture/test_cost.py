@@ -69,6 +69,7 @@ print(peak / (2**20 if sys.platform == "darwin" else 2**10))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="the peak memory is read from getrusage")
 def test_a_million_examples_stay_under_two_gibibytes():
     done = subprocess.run(

@@ -210,6 +210,7 @@ def test_polish_never_lowers_the_likelihood() -> None:
     np.testing.assert_allclose(again.log_prob(X), classes.log_prob(X), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_float64_data_stay_float64(x64: None) -> None:
     result = fit_em(X.astype(np.float64), 2, 1, max_iter=3)
     assert {leaf.dtype for leaf in jax.tree.leaves(result.mixture)} == {np.dtype("float64")}

@@ -64,6 +64,7 @@ def test_gradient_of_the_likelihood_matches_finite_differences(reference: Any) -
     np.testing.assert_allclose(gradient @ direction, slope, rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_backsolve_gives_the_gradient_of_the_likelihood(reference: Any) -> None:
     model, x, values, gradient = reference
     backwards = SolverConfig(
@@ -85,6 +86,7 @@ def test_mixture_inside_the_solver_is_the_limit_of_many_components(
     np.testing.assert_allclose(integrated_values(model, x), many, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_evolving_weights_inside_the_solver_and_gradients(reference: Any) -> None:
     model, x, values, gradient = reference
     got = integrated(model, x)
@@ -104,6 +106,7 @@ def test_mixture_inside_the_solver_does_not_underflow(reference: Any) -> None:
     np.testing.assert_allclose(got[1], expected[1], atol=1e-3 * np.abs(expected[1]).max())
 
 
+@pytest.mark.slow
 def test_a_failed_solve_inside_is_named(reference: Any) -> None:
     model, x, *_ = reference
     broken = jax.tree.map(lambda leaf: leaf, model)

@@ -32,7 +32,7 @@ def assert_same(one: nnx.Module, other: nnx.Module) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("labelled", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_recovers_a_planted_mixture(labelled: bool) -> None:
     x_test, y_test = planted(4000, seed=9)
     result = fit(start(log_noise=0.5), X, Y if labelled else None, config=QUICK)

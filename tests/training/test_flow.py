@@ -66,7 +66,13 @@ def fit(name: str = "matching", x: Any = X, x_valid: Any = X_VALID, **settings: 
     )
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if n == "optimal transport" else [])
+        for n in OBJECTIVES
+    ],
+)
 def test_a_gaussian_is_recovered(name: str) -> None:
     result = fitted(name)
     best = LAW.logpdf(X_VALID).mean()
