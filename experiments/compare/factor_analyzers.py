@@ -13,9 +13,8 @@ import cpmm_jax as cpmm
 from cpmm_jax.mixture.em import fit_em
 from cpmm_jax.mixture.initialise import kmeans_start, random_start
 from cpmm_jax.models.direct import DirectMFA
-from cpmm_jax.models.selection import polish_by_validation
 from cpmm_jax.pipeline import TAIL_NOISE, fit_mixture
-from cpmm_jax.recipe import recommend
+from cpmm_jax.recipe import Recipe, recommend
 from experiments.compare.methods import Rows, Size, component_counts
 from experiments.compare.search import Axes, Budget, Choice, Density, Fitted, search
 
@@ -126,13 +125,15 @@ class ContinuousMixture:
         sizes = dict(choice)
         local = sizes.pop("local_start")
         recipe = recommend(*data.x_train.shape, **sizes, steps=self.steps, seed=seed)
-        # Tails and EM as asked, and no second fit with the validation rows: as all methods here.
-        recipe = replace(recipe, local_start=local, tails=0.0, polish=False, refit=False)
-        found = fit_mixture(data.x_train, None, data.x_valid, None, recipe, progress=False)
-        mixture: Any = found.mixture
-        if self.polished:
-            mixture = polish_by_validation(mixture, data.x_train, x_valid=data.x_valid).mixture
-        return _density(mixture, data, tails=self.size is None)
+        recipe = replace(recipe, local_start=local, polish=self.polished)
+        return fit_recipe(data, recipe, tails=self.size is None)
+
+
+def fit_recipe(data: Rows, recipe: Recipe, *, tails: bool) -> Density:
+    """Fit a CPMM: tails where validation prefers them, and no second fit with validation rows."""
+    recipe = replace(recipe, tails=0.0, refit=False)
+    found = fit_mixture(data.x_train, None, data.x_valid, None, recipe, progress=False)
+    return _density(found.mixture, data, tails=tails)
 
 
 def _direct_axes(data: Rows, size: Size | None) -> tuple[Axes, Choice]:

@@ -12,7 +12,6 @@ import pytest
 from scipy import stats
 
 from cpmm_jax.mixture.initialise import random_start
-from cpmm_jax.models.selection import Polished
 from experiments.compare import factor_analyzers
 from experiments.compare.cells import Cell, Settings
 from experiments.compare.methods import METHODS, Rows, make_method
@@ -128,11 +127,10 @@ def test_the_recipe_of_the_cpmm(
         return SimpleNamespace(mixture=random_start(x, 2, 1, seed=0))
 
     monkeypatch.setattr(factor_analyzers, "fit_mixture", untrained)
-    unpolished = lambda mixture, x, x_valid: Polished(mixture, 0, {})  # noqa: E731
-    monkeypatch.setattr(factor_analyzers, "polish_by_validation", unpolished)
     found, _ = fit_blobs("cpmm_polish" if polished else "cpmm", size=size, budget=60.0)
     first, *others = recipes
     assert (first.steps, first.tails, first.refit) == (20, 0.0, False)
+    assert {recipe.polish for recipe in recipes} == {polished}
     assert {recipe.local_start for recipe in recipes} == {True, False}
     assert ("tails" in found.settings) == (size is None)
     if size is not None:

@@ -19,7 +19,7 @@ from cpmm_jax.mixture import MFA
 @pytest.fixture(scope="module", autouse=True)
 def optimised() -> Iterator[None]:
     """Compile as users do: how a program rounds is part of what is tested here."""
-    before = jax.config.jax_disable_most_optimizations  # type: ignore[attr-defined]
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
