@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cpmm_jax.data.checks import check_enough_rows
 from cpmm_jax.errors import ConfigError
 
+LONGEST_LOCAL = 16  # times; a longer trajectory must cross the data, and starts at an example
 CURRICULA = ("none", "interpolant", "flow")
 REFIT_BELOW = 5000  # rows under which a validation part is too much to leave out of the fit
 
@@ -148,7 +149,7 @@ def recommend(
         num_times=times,
         train_times=_default_train_times(rows, dim, times),
         rank=rank,
-        local_start=_ample(rows, dim) and curriculum == "none",
+        local_start=_ample(rows, dim) and times <= LONGEST_LOCAL and curriculum == "none",
         polish=_ample(rows, dim),
         curriculum=curriculum,
         tails=tails,

@@ -52,3 +52,9 @@ def test_the_mixture_is_the_one_that_the_recipe_says(rng, tails: float) -> None:
 def test_the_fewer_rows_a_component_has_the_more_share_a_trajectory(rows: int, times: int) -> None:
     recipe = recommend(rows, 13, components=40, rank=4)
     assert (recipe.num_classes, recipe.num_times) == (40 // times, times)
+
+
+def test_a_long_trajectory_starts_at_an_example() -> None:
+    """The Gaussian of all data is an optimum that a single trajectory would not leave."""
+    assert not recommend(3000, 2, components=64, trajectories=1).local_start
+    assert recommend(3000, 2, components=64, trajectories=8).local_start
