@@ -165,6 +165,19 @@ def test_components_are_apart_after_the_first_stage() -> None:
     assert means.var(axis=0).mean() > 0.3  # of the unit variance of the latent space
 
 
+def test_providers_see_the_examples_alone() -> None:
+    """Not the rows of zeros to which they are padded: a map may be undefined there."""
+    seen = []
+
+    def on_circle(x: Any, v: float) -> Any:
+        seen.append(len(x))
+        return x / jnp.linalg.norm(x, axis=1, keepdims=True) ** v
+
+    config = replace(QUICK, steps=4, report_every=2)
+    fit(start(), X, config=config, curriculum=CustomCurriculum(on_circle, stages=THREE))
+    assert set(seen) == {540, 60}
+
+
 @dataclass(frozen=True, eq=False)
 class Broken(Curriculum):
     kind: str = ""

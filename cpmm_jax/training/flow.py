@@ -9,7 +9,7 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,16 @@ from cpmm_jax.training.flow_step import (
 )
 from cpmm_jax.training.inputs import take_apart
 from cpmm_jax.training.latent import LatentCheck, check_latent
-from cpmm_jax.training.progress import MetricsFile, ProgressBar, number
+from cpmm_jax.training.progress import (
+    Ending,
+    MetricsFile,
+    ProgressBar,
+    ending,
+    means,
+    number,
+    refusals,
+    scheduled_rate,
+)
 from cpmm_jax.training.state import (
     CAUSES,
     FAILED_SOLVE,
@@ -85,7 +94,7 @@ class FlowResult:
     steps: int
     refused: int
     seconds: float
-    stopped: Literal["finished", "early stopping", "refused"]
+    stopped: Ending
 
 
 def fit_flow(
@@ -209,7 +218,7 @@ class _Run:
         if data.valid is not None:
             drawn = objective.draw(self.valid_key, data.valid.shape, data.valid.dtype)
             self.drawn = pair_fixed(self.plan, data.valid, drawn)
-        self.stopped: Literal["finished", "early stopping", "refused"] | None = None
+        self.stopped: Ending | None = None
         self.history: list[dict[str, Any]] = []
         self.start = time.perf_counter()
         self.best_loss, self.best_step, self.stale = self._validate(), 0, 0
@@ -227,22 +236,17 @@ class _Run:
         if improved or self.best_loss == math.inf:
             self.best_loss, self.best_step = loss, step
             self.best_params = snapshot(self.state.params)
-        if int(self.state.refused_in_a_row) > config.max_refused:
-            self.stopped = "refused"
-        elif step >= config.steps:
-            self.stopped = "finished"
-        elif config.patience is not None and self.stale >= config.patience:
-            self.stopped = "early stopping"
-        accepted, refused = int(totals.accepted) or math.nan, int(self.state.refused.sum())
+        self.stopped = ending(self.state, config, self.stale)
+        mean, refused = means(totals), int(self.state.refused.sum())
         if refused and not (self.history and self.history[-1]["refused"]):
-            logger.warning("%d step(s) of the flow refused (%s)", refused, self._causes())
+            logger.warning("%d step(s) of the flow refused (%s)", refused, refusals(self.state))
         report = {
             "step": step,
-            "loss": number(totals.loss / accepted),
+            "loss": mean["loss"],
             "valid_loss": number(loss),
-            "learning_rate": number(self._rate()),
-            "grad_norm": number(totals.grad_norm / accepted),
-            "ode_steps": number(totals.ode_steps / accepted),
+            "learning_rate": number(scheduled_rate(self.settings.schedule, self.state)),
+            "grad_norm": mean["grad_norm"],
+            "ode_steps": mean["ode_steps"],
             "refused": refused,
             "examples_per_second": number((step - done) * self.plan.batch_size / seconds),
             "seconds": number(time.perf_counter() - self.start),
@@ -285,7 +289,7 @@ class _Run:
         return (
             "training must have solves that succeed and finite losses and gradients; got "
             f"{int(self.state.refused_in_a_row)} refused steps in a row at step "
-            f"{int(self.state.step)} of {self.config.steps} ({self._causes()}); {remedy}."
+            f"{int(self.state.step)} of {self.config.steps} ({refusals(self.state)}); {remedy}."
         )
 
     def _run_until(self, stop: int) -> BlockTotals:
@@ -308,15 +312,6 @@ class _Run:
         arrays = self.state.params, self.fixed, self.data.valid, self.drawn
         loss = float(validation_loss(self.plan, *arrays))
         return loss if math.isfinite(loss) else math.inf
-
-    def _rate(self) -> float:
-        """Return the learning rate of the last update."""
-        updates = int(self.state.step) - int(self.state.refused.sum())
-        return float(self.settings.schedule(max(updates - 1, 0)))
-
-    def _causes(self) -> str:
-        counts = zip(CAUSES, self.state.refused.tolist(), strict=True)
-        return ", ".join(f"{cause} {count}" for cause, count in counts if count)
 
 
 @partial(jax.jit, static_argnames="trace")

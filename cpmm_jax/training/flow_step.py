@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 from cpmm_jax.data.batches import batch_indices
 from cpmm_jax.training.config import Schedule
 from cpmm_jax.training.flow_objective import Batches, Objective
-from cpmm_jax.training.state import BlockTotals, TrainState, empty_totals
-from cpmm_jax.training.update import advance
+from cpmm_jax.training.state import BlockTotals, TrainState
+from cpmm_jax.training.update import advance, repeat
 
 ASSIGNED_STEPS = 32  # steps whose batches are joined to noise on the host at a time
 
@@ -74,17 +74,9 @@ def run_block(
     stop: Int[Array, ""],
     pairing: Pairing | None,
 ) -> tuple[TrainState, BlockTotals]:
-    """Train until `stop` steps are done, or more than `max_refused` in a row have been refused.
+    """Train up to step `stop`, see `training.update.repeat`; `state` is donated."""
 
-    `stop` is traced, so that a shorter last block is the same program. `state` is donated.
-    """
-
-    def goes_on(carry: tuple[TrainState, BlockTotals]) -> Array:
-        state, _ = carry
-        return (state.step < stop) & (state.refused_in_a_row <= settings.max_refused)
-
-    def body(carry: tuple[TrainState, BlockTotals]) -> tuple[TrainState, BlockTotals]:
-        state, totals = carry
+    def step(state: TrainState) -> tuple[TrainState, BlockTotals]:
         batch, drawn = draw_batch(plan, x, settings, state.step)
         if pairing is not None:
             drawn = drawn.joined(pairing.rows[state.step - pairing.first])
@@ -93,10 +85,9 @@ def run_block(
             return plan.objective.loss(nnx.merge(plan.graphdef, params, fixed), batch, drawn)
 
         (loss, solve), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-        new = advance(plan.optimizer, settings.schedule, state, loss, solve, grads)
-        return new[0], jax.tree.map(jnp.add, totals, new[1])
+        return advance(plan.optimizer, settings.schedule, state, loss, solve, grads)
 
-    return jax.lax.while_loop(goes_on, body, (state, empty_totals()))
+    return repeat(step, state, stop, settings.max_refused)
 
 
 @partial(jax.jit, static_argnames="plan")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,16 @@ from cpmm_jax.dynamics.solve import check_result
 from cpmm_jax.errors import SolverError, TrainingError
 from cpmm_jax.training.config import TrainConfig, default_optimizer, learning_rate_schedule
 from cpmm_jax.training.inputs import Data, Parts, prepare, take_apart
-from cpmm_jax.training.progress import MetricsFile, ProgressBar, number
+from cpmm_jax.training.progress import (
+    Ending,
+    MetricsFile,
+    ProgressBar,
+    ending,
+    means,
+    number,
+    refusals,
+    scheduled_rate,
+)
 from cpmm_jax.training.stages import Staircase
 from cpmm_jax.training.state import (
     CAUSES,
@@ -65,7 +74,7 @@ class FitResult:
     refused: int
     seconds: float
     compile_seconds: float
-    stopped: Literal["finished", "early stopping", "refused"]
+    stopped: Ending
 
 
 def fit(
@@ -172,7 +181,7 @@ class _Run:
             curriculum if curriculum.is_random else None,
         )
         self.start = start
-        self.stopped: Literal["finished", "early stopping", "refused"] | None = None
+        self.stopped: Ending | None = None
         self.history: list[Report] = []
         self.state: TrainState = initial_state(self.plan.optimizer, parts.params)
 
@@ -192,12 +201,7 @@ class _Run:
         score = self._score()
         if self.stages.is_last:
             self._keep_best(step, score)
-        if int(self.state.refused_in_a_row) > config.max_refused:
-            self.stopped = "refused"
-        elif step >= config.steps:
-            self.stopped = "finished"
-        elif config.patience is not None and self.stale >= config.patience:
-            self.stopped = "early stopping"
+        self.stopped = ending(self.state, config, self.stale)
         report = self._report(totals, score, (step - done) * self.plan.batch_size / seconds)
         if self.stages.is_over(step, score):
             self.stages.go_on(step)
@@ -207,7 +211,7 @@ class _Run:
                 "%d training step(s) refused by step %d (%s); parameters were left as they were",
                 report["refused"],
                 step,
-                self._causes(),
+                refusals(self.state),
             )
         self.history.append(report)
         return report
@@ -253,7 +257,7 @@ class _Run:
         return (
             f"training must have solves that succeed and finite losses and gradients; got "
             f"{int(state.refused_in_a_row)} refused steps in a row at step {int(state.step)} of "
-            f"{self.config.steps}{at} ({self._causes()}, {int(state.refused.sum())} refused in "
+            f"{self.config.steps}{at} ({refusals(state)}, {int(state.refused.sum())} refused in "
             f"all); {remedy}."
         )
 
@@ -304,17 +308,16 @@ class _Run:
             self.best_params = snapshot(self.state.params)
 
     def _report(self, totals: BlockTotals, score: float, examples_per_second: float) -> Report:
-        accepted = int(totals.accepted) or math.nan
-        rate = self._learning_rate()
+        mean, rate = means(totals), self._learning_rate()
         position = {"v": self.stages.v} if self.stages.is_staged else {}
         return {
             "step": int(self.state.step),
             **position,
-            "loss": number(totals.loss / accepted),
+            "loss": mean["loss"],
             "valid_log_likelihood": number(score),
             "learning_rate": None if rate is None else number(rate),
-            "grad_norm": number(totals.grad_norm / accepted),
-            "ode_steps": number(totals.ode_steps / accepted),
+            "grad_norm": mean["grad_norm"],
+            "ode_steps": mean["ode_steps"],
             "refused": int(self.state.refused.sum()),
             "examples_per_second": number(examples_per_second),
             "seconds": number(time.perf_counter() - self.start),
@@ -323,12 +326,7 @@ class _Run:
     def _learning_rate(self) -> float | None:
         """Return the learning rate of the last update; None for an optimiser that hides it."""
         if self.settings.schedule is not None:
-            updates = int(self.state.step) - int(self.state.refused.sum())
-            return float(self.settings.schedule(max(updates - 1, 0)))
+            return scheduled_rate(self.settings.schedule, self.state)
         # Where it was wrapped in `optax.inject_hyperparams`, once.
         rates = optax.tree.get_all_with_path(self.state.opt_state, "learning_rate")
         return float(rates[0][1]) if len(rates) == 1 else None
-
-    def _causes(self) -> str:
-        counts = zip(CAUSES, self.state.refused.tolist(), strict=True)
-        return ", ".join(f"{cause} {count}" for cause, count in counts if count)

@@ -8,9 +8,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from cpmm_jax.errors import RunError
+from cpmm_jax.training.config import Schedule, TrainConfig
+from cpmm_jax.training.state import CAUSES, BlockTotals, TrainState
+
+Ending = Literal["finished", "early stopping", "refused"]
 
 
 class ProgressBar:
@@ -117,3 +121,39 @@ def number(value: Any) -> float | None:
     """Return a float for a report, None where it is not finite (JSON knows no NaN)."""
     value = float(value)
     return value if math.isfinite(value) else None
+
+
+def ending(state: TrainState, config: TrainConfig, stale: int) -> Ending | None:
+    """Return why training ends here, None where it goes on.
+
+    Args:
+        state: the state after a report.
+        config: number of steps, patience, refused steps that are borne.
+        stale: reports since the best one.
+    """
+    if int(state.refused_in_a_row) > config.max_refused:
+        return "refused"
+    if int(state.step) >= config.steps:
+        return "finished"
+    if config.patience is not None and stale >= config.patience:
+        return "early stopping"
+    return None
+
+
+def means(totals: BlockTotals) -> dict[str, float | None]:
+    """Return the means over the accepted steps of a block, None where there was none."""
+    accepted = int(totals.accepted) or math.nan
+    sums = {name: getattr(totals, name) for name in ("loss", "grad_norm", "ode_steps")}
+    return {name: number(total / accepted) for name, total in sums.items()}
+
+
+def scheduled_rate(schedule: Schedule, state: TrainState) -> float:
+    """Return the learning rate of the last update."""
+    updates = int(state.step) - int(state.refused.sum())
+    return float(schedule(max(updates - 1, 0)))
+
+
+def refusals(state: TrainState) -> str:
+    """Say how many steps were refused, by cause."""
+    counts = zip(CAUSES, state.refused.tolist(), strict=True)
+    return ", ".join(f"{cause} {count}" for cause, count in counts if count)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cpmm_jax.curriculum import Curriculum, check_carried
@@ -34,7 +35,7 @@ class Staircase:
         self._ends = curriculum.stages.ends(steps)
         self._train: Course | None = None
         if self.is_staged and not curriculum.is_random:
-            self._train = curriculum.course(data.train.x)
+            self._train = curriculum.course(data.train.x[: data.num_examples])
         self._valid: Course | None = None
         if self.is_staged and data.valid is not None:
             self._valid = curriculum.course(data.valid.x)
@@ -97,5 +98,7 @@ class Staircase:
     def _moved(self, examples: Examples, course: Course | None) -> Examples:
         if course is None or self.is_last:
             return examples
-        moved = check_carried(examples.x, course(self.v), self.v)
-        return examples._replace(x=jax.block_until_ready(moved))
+        count = self._data.num_examples if examples is self._data.train else len(examples.x)
+        moved = check_carried(examples.x[:count], course(self.v), self.v)
+        padded = jnp.pad(moved, [(0, len(examples.x) - count), (0, 0)])
+        return examples._replace(x=jax.block_until_ready(padded))

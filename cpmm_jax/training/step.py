@@ -16,8 +16,8 @@ from cpmm_jax.data.batches import batch_indices
 from cpmm_jax.dynamics.trajectory import GridTimes
 from cpmm_jax.training.config import Schedule, TimeSampler
 from cpmm_jax.training.objective import negative_log_likelihood
-from cpmm_jax.training.state import BlockTotals, TrainState, empty_totals
-from cpmm_jax.training.update import advance
+from cpmm_jax.training.state import BlockTotals, TrainState
+from cpmm_jax.training.update import advance, repeat
 
 
 class Plan(NamedTuple):
@@ -114,21 +114,12 @@ def run_block(
     settings: Settings,
     stop: Int[Array, ""],
 ) -> tuple[TrainState, BlockTotals]:
-    """Train until `stop` steps are done, or more than `max_refused` in a row have been refused.
+    """Train up to step `stop`, see `training.update.repeat`; `state` is donated."""
 
-    `stop` is traced, so that a shorter last block is the same program. `state` is donated.
-    """
+    def step(state: TrainState) -> tuple[TrainState, BlockTotals]:
+        return training_step(plan, state, fixed, train, settings)
 
-    def goes_on(carry: tuple[TrainState, BlockTotals]) -> Array:
-        state, _ = carry
-        return (state.step < stop) & (state.refused_in_a_row <= settings.max_refused)
-
-    def body(carry: tuple[TrainState, BlockTotals]) -> tuple[TrainState, BlockTotals]:
-        state, totals = carry
-        state, more = training_step(plan, state, fixed, train, settings)
-        return state, jax.tree.map(jnp.add, totals, more)
-
-    return jax.lax.while_loop(goes_on, body, (state, empty_totals()))
+    return repeat(step, state, stop, settings.max_refused)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "num_times"))

@@ -1,18 +1,21 @@
-"""From a gradient to the next state: the optimiser's step, or its refusal."""
+"""From a gradient to the next state, the optimiser's step or its refusal; and many of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from cpmm_jax.training.config import Schedule
 from cpmm_jax.training.objective import Diagnostics
-from cpmm_jax.training.state import CAUSES, BlockTotals, TrainState
+from cpmm_jax.training.state import CAUSES, BlockTotals, TrainState, empty_totals
+
+Step = Callable[[TrainState], tuple[TrainState, BlockTotals]]
 
 
 def advance(
@@ -71,3 +74,30 @@ def advance(
         accepted=accepted.astype(jnp.int32),
     )
     return new_state, totals
+
+
+def repeat(
+    step: Step, state: TrainState, stop: Int[Array, ""], max_refused: Int[Array, ""]
+) -> tuple[TrainState, BlockTotals]:
+    """Train until `stop` steps are done, or more than `max_refused` in a row have been refused.
+
+    Args:
+        step: does one step, as `advance` does.
+        state: the state before them.
+        stop: number of the step to stop at; traced, so that a shorter block is the same program.
+        max_refused: refused steps in a row that are borne.
+
+    Returns:
+        The state after them, and the sums of their totals.
+    """
+
+    def goes_on(carry: tuple[TrainState, BlockTotals]) -> Array:
+        state, _ = carry
+        return (state.step < stop) & (state.refused_in_a_row <= max_refused)
+
+    def body(carry: tuple[TrainState, BlockTotals]) -> tuple[TrainState, BlockTotals]:
+        state, totals = carry
+        state, more = step(state)
+        return state, jax.tree.map(jnp.add, totals, more)
+
+    return jax.lax.while_loop(goes_on, body, (state, empty_totals()))
