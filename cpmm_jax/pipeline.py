@@ -229,7 +229,8 @@ def build_model(
     )
     model = make(initial_means=means, output_scale=SCALES.get(recipe.num_times, LONG_SCALE))
     model.loadings = nnx.Param(loadings)
-    model.log_noise = nnx.Param(jnp.log(jnp.exp(log_noise) - noise_floor.astype(log_noise.dtype)))
+    added = jnp.asarray(noise_floor, log_noise.dtype)[None, None, :]  # by the model
+    model.log_noise = nnx.Param(jnp.log(jnp.exp(log_noise) - added))
     weights = model.trajectory_logits if y is not None else model.class_logits
     weights[...] = logits.reshape(weights.shape)
     return model

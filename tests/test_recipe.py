@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cpmm_jax.pipeline import fit_mixture
+from cpmm_jax.mixture.em import fit_em
+from cpmm_jax.pipeline import build_model, fit_mixture
 from cpmm_jax.recipe import recommend
 
 
@@ -58,3 +60,14 @@ def test_a_long_trajectory_starts_at_an_example() -> None:
     """The Gaussian of all data is an optimum that a single trajectory would not leave."""
     assert not recommend(3000, 2, components=64, trajectories=1).local_start
     assert recommend(3000, 2, components=64, trajectories=8).local_start
+
+
+def test_a_local_start_is_the_mixture_that_em_has_fitted(rng: np.random.Generator) -> None:
+    z = rng.normal(size=(400, 2)).astype(np.float32) + 4 * rng.integers(0, 2, (400, 1))
+    floor = np.array([0.1, 0.2])
+    recipe = recommend(400, 2, components=2, trajectories=2, rank=1)
+    assert recipe.local_start
+    mixture = build_model(z, None, floor, recipe).read(jnp.zeros(1)).mixture
+    settings = {"n_init": 3, "noise_floor": 2 * floor, "seed": recipe.seed}
+    fitted = fit_em(z, 2, 1, **settings).mixture
+    np.testing.assert_allclose(mixture.log_prob(z), fitted.log_prob(z), atol=1e-3)
