@@ -4,7 +4,7 @@ Two forms of the same number:
 
 - *Matrix products*, centred: with a = x - c, b = mean_k - c and c the mean of the means,
   the squared Mahalanobis length is  a^2 . psi^-1 - 2 a . (b psi^-1) + b^2 . psi^-1 - |W a - W b|^2.
-  Three matrix products over all components, 2 N K D (R + 2) operations, nothing of size N K D.
+  Matrix products over all components, 2 N K D (R + 2) operations, nothing of size N K D.
 - *Residuals* (`linalg.log_prob`) in float64, one component at a time: several times slower, and
   right however far the means lie from each other in units of the noise.
 
@@ -60,39 +60,36 @@ class Terms(NamedTuple):
     Attributes:
         log_prob: log w_k + log N_k, shape (N, K).
         magnitude: size of the terms that cancelled in it, shape (N, K).
-        projected: W (x - mean), the whitened factors before their posterior is shrunk, (N, R, K).
+        projected: W (x - mean), the whitened factors before their posterior is shrunk, R of (N, K).
     """
 
     log_prob: Float[Array, "N K"]
     magnitude: Float[Array, "N K"]
-    projected: Float[Array, "N R K"]
+    projected: tuple[Float[Array, "N K"], ...]
 
 
 def matrix_product_form(
     x: Float[Array, "N D"], components: Components, factors: linalg.Factors
 ) -> Terms:
-    """Evaluate all components at all examples by three matrix products."""
+    """Evaluate all components at all examples by two matrix products."""
     log_weights, means, loadings, _ = components
     dim, rank = loadings.shape[1:]
     centre = _centre(jax.lax.stop_gradient(means))
     a, b = x - centre, means - centre
     linear = b * factors.precision
     b_square = jnp.sum(b * linear, axis=-1)[None, :]
-    squares = jnp.concatenate([a * a, a], axis=1)
-    quadratic = squares @ jnp.concatenate([factors.precision, -2.0 * linear], axis=1).T + b_square
-    if rank:
-        # Factors before components: the sum of squares then runs over whole rows of K numbers.
-        projection = jnp.moveaxis(factors.projection, 1, 0)
-        shift = jnp.sum(projection * b[None], axis=-1)
-        projected = a @ projection.reshape(-1, dim).T
-        projected = projected.reshape(-1, *shift.shape) - shift[None]
-        correction = jnp.sum(projected * projected, axis=1)
-    else:
-        projected = jnp.zeros((x.shape[0], 0, quadratic.shape[1]), quadratic.dtype)
-        correction = jnp.zeros_like(quadratic)
+    # One product for all that is linear in a, factors before components: what follows then runs
+    # over whole rows of K numbers, in one pass.
+    projection = jnp.moveaxis(factors.projection, 1, 0)
+    shift = jnp.sum(projection * b[None], axis=-1)
+    affine = a @ jnp.concatenate([projection.reshape(-1, dim), -2.0 * linear]).T
+    *factored, crossed = jnp.split(affine, rank + 1, axis=1)
+    projected = tuple(part - shift[r][None, :] for r, part in enumerate(factored))
+    quadratic = (a * a) @ factors.precision.T + crossed
+    correction = sum((part * part for part in projected), start=jnp.zeros_like(quadratic))
     constant = (log_weights - 0.5 * (factors.log_det + dim * linalg.LOG_TWO_PI))[None, :]
-    magnitude = quadratic + 2.0 * b_square + jnp.abs(constant)
-    return Terms(constant - 0.5 * (quadratic - correction), magnitude, projected)
+    magnitude = quadratic + (3.0 * b_square + jnp.abs(constant))
+    return Terms((constant - 0.5 * b_square) - 0.5 * (quadratic - correction), magnitude, projected)
 
 
 def residual_form(x: Float[Array, "N D"], components: Components) -> Float[Array, "N K"]:
@@ -119,9 +116,11 @@ def is_spoiled(
     grouped = fast.reshape(fast.shape[0], num_sums, fast.shape[1] // num_sums)
     best = jnp.max(grouped, axis=-1, keepdims=True)
     relevant = ~(grouped < best - RELEVANCE)  # also where an overflow made both infinite or NaN
-    error = float(jnp.finfo(fast.dtype).eps) * magnitude.reshape(grouped.shape)
-    excessive = ~(error <= jnp.maximum(absolute, RELATIVE_ERROR * jnp.abs(best)))
-    return jnp.any(relevant & excessive)
+    size = magnitude.reshape(grouped.shape)
+    size = jnp.where(size < jnp.inf, size, jnp.inf)  # a maximum may pass over NaN
+    error = jnp.max(jnp.where(relevant, size, 0.0), axis=-1) * float(jnp.finfo(fast.dtype).eps)
+    borne = jnp.maximum(absolute, RELATIVE_ERROR * jnp.abs(best[..., 0]))
+    return jnp.any(~(error <= borne))
 
 
 @jax.custom_jvp
@@ -145,12 +144,14 @@ def _reduce_block(
     num_sums: int,
 ) -> Any:
     fast, magnitude, _ = matrix_product_form(x, components, factors)
-    # The reduction is inside the branches: N x K numbers that leave a branch would be copied.
+    # The branches hand over what is kept: N x K numbers that leave a branch would be copied. The
+    # usual one comes reduced, so that its passes over the block are shared with those of the check.
     return jax.lax.cond(
         is_spoiled(*jax.lax.stop_gradient((fast, magnitude)), num_sums),
-        lambda fast, x, components: reduce(_restored(fast, x, components)),
-        lambda fast, x, components: reduce(fast),
+        lambda fast, _, x, components: reduce(_restored(fast, x, components)),
+        lambda fast, reduced, x, components: reduced,
         fast,
+        reduce(fast),
         x,
         components,
     )

@@ -98,7 +98,6 @@ def _block_sums(
 ) -> _Sums:
     """Sum over one block; a row of weight zero counts for nothing."""
     fast, magnitude, y = density.matrix_product_form(x, components, factors)
-    rank, num_components = y.shape[1:]
 
     def responsibilities(log_joint: Array) -> tuple[Array, Array]:
         log_prob = jax.nn.logsumexp(log_joint, axis=1)
@@ -113,7 +112,8 @@ def _block_sums(
     def products(dtype: Any) -> Any:
         def call() -> Any:
             rows, left = x.astype(dtype), r.astype(dtype)
-            ry = (left[:, None, :] * y.astype(dtype)).reshape(len(rows), rank * num_components)
+            weighted = [left * part.astype(dtype) for part in y]
+            ry = jnp.concatenate(weighted, axis=1) if y else jnp.zeros((len(rows), 0), dtype)
             sums = (left.T @ rows, left.T @ (rows * rows), ry.T @ rows)
             return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), sums)
 
@@ -122,7 +122,7 @@ def _block_sums(
     first, second, xy = jax.lax.cond(in_float64, products(jnp.float64), products(x.dtype))
     counted = jnp.where(weight > 0, log_prob, jnp.inf)
     lowest = jnp.argmin(counted)
-    xy = jnp.moveaxis(xy.reshape(rank, num_components, x.shape[1]), 1, 0)
+    xy = jnp.moveaxis(xy.reshape(len(y), r.shape[1], x.shape[1]), 1, 0)
     return _Sums(
         jnp.sum(r, axis=0).astype(jnp.float64),
         first,
