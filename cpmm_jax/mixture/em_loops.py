@@ -35,6 +35,7 @@ class EMResult(NamedTuple):
         iterations: M-steps over all examples; with mini-batches, epochs.
         converged: whether the last gain was below the tolerance.
         reseeded: how many times a component that had died was set up anew.
+        moved: how many times a component was moved to where it was worth more.
     """
 
     mixture: MFA
@@ -43,6 +44,7 @@ class EMResult(NamedTuple):
     iterations: int
     converged: bool
     reseeded: int
+    moved: int = 0
 
 
 class _Loop(NamedTuple):
