@@ -24,8 +24,9 @@ from cpmm_jax.data.standardise import Standardizer
 from cpmm_jax.dynamics.flow import CNF
 from cpmm_jax.mixture.em import fit_em, polish
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
+from cpmm_jax.mixture.mfa import MFA
 from cpmm_jax.models.cpmm import CPMM
-from cpmm_jax.models.selection import polish_by_validation
+from cpmm_jax.models.selection import broaden_by_validation, polish_by_validation
 from cpmm_jax.recipe import Recipe
 from cpmm_jax.training.config import TrainConfig
 from cpmm_jax.training.flow import fit_flow
@@ -33,7 +34,7 @@ from cpmm_jax.training.flow_objective import FlowMatching
 from cpmm_jax.training.loop import FitResult, fit
 
 TAIL_NOISE = 0.1  # of a column's variance, which is 1 in the units of the model
-EM_STARTS, EM_ROUNDS = 3, 200  # before the training
+EM_STARTS, EM_MOVES, EM_ROUNDS = 3, 20, 200  # before the training
 SCALES = {1: 0.03, 2: 0.1}  # of the field's output by T, where the start is local
 LONG_SCALE = 0.3  # for more
 FLOW_STEPS = 4000
@@ -100,8 +101,6 @@ def fit_mixture(
         steps=recipe.steps,
         batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
-        num_times=recipe.train_times,
-        valid_times=recipe.num_times,
         patience=recipe.patience,
         seed=recipe.seed,
     )
@@ -115,11 +114,12 @@ def fit_mixture(
     else:
         z_valid = standardizer.transform(x_valid)
     curriculum = build_curriculum(z, z_valid, recipe, flow, progress=progress)
+    recipe, begin = divide(z, z_valid, floor, recipe)
     result = fit(
-        build_model(z, y, floor, recipe, curriculum),
+        build_model(z, y, floor, recipe, curriculum, begin),
         z,
         y,
-        config=config,
+        config=replace(config, num_times=recipe.train_times, valid_times=recipe.num_times),
         curriculum=curriculum,
         x_valid=z_valid,
         y_valid=y_valid,
@@ -128,17 +128,25 @@ def fit_mixture(
     )
     model = result.model
     extracted: Any = model.extract(recipe.num_times)
-    rounds = 0
+    rounds, noise = 0, 0.0
     if recipe.polish and z_valid is not None:
         polished = polish_by_validation(extracted, z, y, x_valid=z_valid, y_valid=y_valid)
-        extracted, rounds = polished.mixture, polished.rounds
+        broad = broaden_by_validation(polished.mixture, z_valid, y_valid)
+        extracted, rounds, noise = broad.mixture, polished.rounds, broad.noise
     if recipe.refit and result.best_step > 0 and z_valid is not None:
         z = np.concatenate([z, z_valid])
         y = None if y is None or y_valid is None else np.concatenate([y, y_valid])
-        final = replace(config, steps=result.best_step, valid_fraction=0.0, patience=None)
+        final = replace(
+            config,
+            steps=result.best_step,
+            num_times=recipe.train_times,
+            valid_fraction=0.0,
+            patience=None,
+        )
         start = build_model(z, y, floor, recipe, curriculum)
         model = fit(start, z, y, config=final, curriculum=curriculum, progress=progress).model
         extracted = polish(model.extract(recipe.num_times), z, y, max_iter=rounds, tol=0.0)
+        extracted = extracted.with_noise(noise) if noise else extracted
     if recipe.tails:
         extracted = extracted.with_tails(TAIL_NOISE, recipe.tails)
     return FittedMixture(
@@ -180,12 +188,70 @@ def build_curriculum(
     return FlowCurriculum(flow)
 
 
+def divide(
+    z: np.ndarray, z_valid: np.ndarray | None, noise_floor: np.ndarray, recipe: Recipe
+) -> tuple[Recipe, Sequence[MFA] | None]:
+    """Settle how components divide into trajectories and times, where the recipe leaves it open.
+
+    A trajectory of T times takes the place of T components, and starts as one. Fewer of these are
+    better where rows are too few for each, so the mixtures by EM, of K / T components each, are
+    compared by validation.
+
+    Args:
+        z: standardised training examples, shape (N, D).
+        z_valid: standardised validation examples; None to leave the recipe as it is.
+        noise_floor: smallest noise variance of each feature, shape (D,).
+        recipe: with `divisions`.
+
+    Returns:
+        The recipe with its T, and the mixture to start at, if one was fitted.
+    """
+    best: tuple[float, Recipe, Sequence[MFA] | None] = -np.inf, recipe, None
+    if z_valid is None:
+        return best[1:]
+    total = recipe.num_classes * recipe.num_times
+    for times in recipe.divisions:
+        count = total // times
+        tried = replace(recipe, num_classes=count, num_times=times, train_times=times)
+        start = fit_start(z, None, noise_floor, tried)
+        score = float(np.mean(np.asarray(start[0].log_prob(z_valid))))
+        if score > best[0]:
+            best = score, tried, start
+    return best[1:]
+
+
+def fit_start(
+    z: np.ndarray, y: np.ndarray | None, noise_floor: np.ndarray, recipe: Recipe
+) -> list[MFA]:
+    """Fit by EM where trajectories start: a mixture of each class, or one of all classes.
+
+    Args:
+        z: standardised training examples, shape (N, D).
+        y: class codes, or None, where every trajectory is a class.
+        noise_floor: smallest noise variance of each feature, shape (D,).
+        recipe: sizes and seed.
+    """
+    by_class, count = [z], recipe.num_classes
+    if y is not None:
+        by_class = [z[y == c] for c in range(recipe.num_classes)]
+        count = recipe.num_trajectories
+    settings: Any = {
+        "n_init": EM_STARTS,
+        "moves": EM_MOVES,
+        "max_iter": EM_ROUNDS,
+        "noise_floor": 2 * noise_floor,
+        "seed": recipe.seed,
+    }
+    return [fit_em(rows, count, recipe.rank, **settings).mixture for rows in by_class]
+
+
 def build_model(
     z: np.ndarray,
     y: np.ndarray | None,
     noise_floor: np.ndarray,
     recipe: Recipe,
     curriculum: Curriculum = NoCurriculum(),  # noqa: B008
+    begin: Sequence[MFA] | None = None,
 ) -> CPMM:
     """Build an untrained CPMM whose trajectories start at examples, or at components fitted by EM.
 
@@ -195,12 +261,8 @@ def build_model(
         noise_floor: smallest noise variance of each feature, shape (D,).
         recipe: sizes and seed.
         curriculum: the examples are taken where it begins.
+        begin: what `fit_start` returned, where that is known.
     """
-    first = curriculum.stages.positions[0]
-    if first > 0:
-        z = np.asarray(curriculum.at(jnp.asarray(z), first, jax.random.key(recipe.seed)))
-    rng = np.random.default_rng(recipe.seed)
-    by_class = [z if y is None else z[y == c] for c in range(recipe.num_classes)]
     make = partial(
         CPMM,
         z.shape[1],
@@ -212,16 +274,14 @@ def build_model(
         rngs=nnx.Rngs(recipe.seed),
     )
     if not recipe.local_start:
-        count = recipe.num_trajectories
+        first = curriculum.stages.positions[0]
+        if first > 0:
+            z = np.asarray(curriculum.at(jnp.asarray(z), first, jax.random.key(recipe.seed)))
+        rng, count = np.random.default_rng(recipe.seed), recipe.num_trajectories
+        by_class = [z if y is None else z[y == c] for c in range(recipe.num_classes)]
         starts = [rows[rng.choice(len(rows), count)] for rows in by_class]
         return make(initial_means=np.stack(starts))
-    count = recipe.num_trajectories
-    if y is None:  # every trajectory is a class
-        by_class, count = [z], recipe.num_classes
-    settings: Any = {"n_init": EM_STARTS, "max_iter": EM_ROUNDS, "noise_floor": 2 * noise_floor}
-    local = [
-        fit_em(rows, count, recipe.rank, seed=recipe.seed, **settings).mixture for rows in by_class
-    ]
+    local = fit_start(z, y, noise_floor, recipe) if begin is None else begin
     lead = (recipe.num_classes, recipe.num_trajectories)
     logits, means, loadings, log_noise = (
         jnp.stack(leaves).reshape(*lead, *leaves[0].shape[1:])

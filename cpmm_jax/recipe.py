@@ -8,6 +8,7 @@ from cpmm_jax.data.checks import check_enough_rows
 from cpmm_jax.errors import ConfigError
 
 LONGEST_LOCAL = 16  # times; a longer trajectory must cross the data, and starts at an example
+DIVISIONS = (1, 2, 4, 8)  # lengths of trajectories that are tried
 CURRICULA = ("none", "interpolant", "flow")
 REFIT_BELOW = 5000  # rows under which a validation part is too much to leave out of the fit
 
@@ -23,6 +24,8 @@ class Recipe:
         train_times: pseudotimes drawn in a training step; fewer where rows are scarce, as a
             regulariser.
         rank: factors of a component, R.
+        divisions: lengths of the trajectories, T, among which validation decides, of the mixtures
+            by EM that they would start at; () for T as it is given.
         local_start: whether trajectories start as the components of a mixture fitted by EM, one
             for each, and move little at first; else at examples, and move across the data.
         polish: whether EM goes on from the extracted mixture, as long as validation gains.
@@ -45,6 +48,7 @@ class Recipe:
     num_times: int
     train_times: int
     rank: int
+    divisions: tuple[int, ...]
     local_start: bool
     polish: bool
     curriculum: str
@@ -129,6 +133,10 @@ def recommend(
         )
     classes = num_classes if labelled else 1
     rows = num_examples / classes  # of one class
+    local = _ample(rows, dim) and curriculum == "none"
+    divisions: tuple[int, ...] = ()
+    if local and components is not None and trajectories is None and not labelled:
+        divisions = tuple(times for times in DIVISIONS if components % times == 0)
     tails = 0.1 if components is None and _few(rows, dim) else 0.0
     rank = _default_rank(rows, dim) if rank is None else rank
     if trajectories is None:
@@ -149,7 +157,8 @@ def recommend(
         num_times=times,
         train_times=_default_train_times(rows, dim, times),
         rank=rank,
-        local_start=_ample(rows, dim) and times <= LONGEST_LOCAL and curriculum == "none",
+        divisions=divisions,
+        local_start=local and times <= LONGEST_LOCAL,
         polish=_ample(rows, dim),
         curriculum=curriculum,
         tails=tails,

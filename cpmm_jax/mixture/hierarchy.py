@@ -101,6 +101,10 @@ class HierarchicalMFA:
         """Return the mixture of x * scale + shift when x follows this one (see `MFA.affine`)."""
         return HierarchicalMFA(self.class_logits, self.components.affine(scale, shift))
 
+    def with_noise(self, noise: Float[ArrayLike, "*D"]) -> HierarchicalMFA:
+        """Return the mixture of x + e, e ~ N(0, diag(noise)) (see `MFA.with_noise`)."""
+        return HierarchicalMFA(self.class_logits, self.components.with_noise(noise))
+
     def with_tails(self, noise: Float[ArrayLike, "*D"], weight: float) -> HierarchicalMFA:
         """Give every component a broad twin within its class (see `MFA.with_tails`)."""
         return HierarchicalMFA(self.class_logits, self.components.with_tails(noise, weight))

@@ -194,12 +194,39 @@ class MFA:
             log_noise=self.log_noise + _align(2.0 * jnp.log(jnp.abs(scale)), self.log_noise),
         )
 
+    def with_noise(self, noise: Float[ArrayLike, "*D"]) -> MFA:
+        """Return the mixture of x + e, where x follows this one and e ~ N(0, diag(noise)).
+
+        Args:
+            noise: variances added, shape (D,) or one for all.
+
+        Raises:
+            ConfigError: `noise` is out of range.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> one = MFA(jnp.zeros(1), jnp.zeros((1, 1)), jnp.zeros((1, 1, 0)), jnp.zeros((1, 1)))
+            >>> one.with_noise(2.0).covariance().round(3).tolist()
+            [[3.0]]
+        """
+        added = np.asarray(noise)
+        if added.shape not in ((), (self.dim,)) or not np.all(added > 0):
+            raise ConfigError(
+                f"`noise` must be positive, of shape (D,) with D = {self.dim} or one number; got "
+                f"shape {added.shape}, smallest {added.min(initial=np.inf):g}. A tenth of each "
+                "feature's variance is a good start."
+            )
+        log_added = _align(jnp.log(added).astype(self.log_noise.dtype), self.log_noise)
+        return self.replace(  # type: ignore[attr-defined, no-any-return]
+            log_noise=jnp.logaddexp(self.log_noise, log_added)
+        )
+
     def with_tails(self, noise: Float[ArrayLike, "*D"], weight: float) -> MFA:
         """Give every component a broad twin, which takes `weight` of its probability.
 
-        The twin has the component's mean and loadings, and `noise` added to its noise variances. It
-        answers for what lies outside all components: fitted to few rows, these are narrow where
-        the rows hardly vary, and without tails a single such feature would decide.
+        The twin is the component `with_noise`. It answers for what lies outside all components:
+        fitted to few rows, these are narrow where the rows hardly vary, and without tails a single
+        such feature would decide.
 
         Args:
             noise: variances added, shape (D,) or one for all.
@@ -211,12 +238,6 @@ class MFA:
         Raises:
             ConfigError: `weight` or `noise` is out of range.
 
-        Example:
-            >>> import jax.numpy as jnp
-            >>> one = MFA(jnp.zeros(1), jnp.zeros((1, 1)), jnp.zeros((1, 1, 0)), jnp.zeros((1, 1)))
-            >>> one.with_tails(noise=9.0, weight=0.1).covariance().round(3).tolist()
-            [[1.9]]
-
         Source: Tukey, "A Survey of Sampling from Contaminated Distributions" (1960); with factor
         analyzers, Punzo, Blostein and McNicholas, "High-dimensional unsupervised classification
         via parsimonious contaminated mixtures" (2020).
@@ -225,21 +246,13 @@ class MFA:
             raise ConfigError(
                 f"`weight` must be between 0 and 1, exclusive; got {weight}. 0.1 is a good start."
             )
-        added = np.asarray(noise)
-        if added.shape not in ((), (self.dim,)) or not np.all(added > 0):
-            raise ConfigError(
-                f"`noise` must be positive, of shape (D,) with D = {self.dim} or one number; got "
-                f"shape {added.shape}, smallest {added.min(initial=np.inf):g}. A tenth of each "
-                "feature's variance is a good start."
-            )
-        log_added = _align(jnp.log(added).astype(self.log_noise.dtype), self.log_noise)
-        broad = jnp.logaddexp(self.log_noise, log_added)
+        broad = self.with_noise(noise)
         logits = log_softmax(self.logits)
         return MFA(
             jnp.concatenate([logits + np.log1p(-weight), logits + np.log(weight)], axis=-1),
             jnp.concatenate([self.means, self.means], axis=-2),
             jnp.concatenate([self.loadings, self.loadings], axis=-3),
-            jnp.concatenate([self.log_noise, broad], axis=-2),
+            jnp.concatenate([self.log_noise, broad.log_noise], axis=-2),
         )
 
 

@@ -19,6 +19,7 @@ from cpmm_jax.models.cpmm import CPMM
 
 NUM_TIMES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 ROUNDS = (0, 3, 10, 30, 100, 300)  # of EM
+NOISE = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # variances
 
 
 class Selection(NamedTuple):
@@ -140,6 +141,57 @@ def polish_by_validation(
             break
         best = Polished(mixture, count, scores)
     assert best is not None
+    return best
+
+
+class Broadened(NamedTuple):
+    """A mixture with as much noise added as validation found good.
+
+    Attributes:
+        mixture: an `MFA` or a `HierarchicalMFA`.
+        noise: variance added to every feature, 0 for none.
+        scores: mean validation log-likelihood in nats of every variance tried.
+    """
+
+    mixture: Any
+    noise: float
+    scores: dict[float, float]
+
+
+def broaden_by_validation(
+    mixture: Mixture,
+    x_valid: Float[ArrayLike, "M D"],
+    y_valid: Int[ArrayLike, " M"] | None = None,
+    *,
+    noise: Sequence[float] = NOISE,
+) -> Broadened:
+    """Add noise to a fitted mixture, the same to every feature, as long as validation gains.
+
+    Components that are narrower than the distance between examples describe these better than
+    new ones, and those far from all worst. How wide they should be is the choice of a kernel's
+    bandwidth, made in the same way.
+
+    Args:
+        mixture: a mixture of standardised features.
+        x_valid: validation examples, shape (M, D).
+        y_valid: class codes, shape (M,), to compare by log p(x, y); None for log p(x).
+        noise: variances to try, from small to large, as long as the score rises.
+
+    Returns:
+        The best mixture, the variance added, and all scores.
+
+    Raises:
+        ConfigError: a variance that is not positive.
+
+    Source: Parzen, "On estimation of a probability density function and mode" (1962).
+    """
+    best: Broadened = Broadened(mixture, 0.0, {0.0: _score(mixture, x_valid, y_valid)})
+    for variance in sorted(noise):
+        broad = mixture.with_noise(variance)
+        best.scores[variance] = _score(broad, x_valid, y_valid)
+        if best.scores[variance] <= best.scores[best.noise]:
+            break
+        best = best._replace(mixture=broad, noise=variance)
     return best
 
 

@@ -90,6 +90,7 @@ def fit(
     metrics_path: str | Path | None = None,
     progress: bool | None = None,
     callback: Callable[[Report], None] | None = None,
+    stage_callback: Callable[[float, Any], None] | None = None,
 ) -> FitResult:
     """Fit a model by maximum likelihood: of p(x, y) with labels, of p(x) without.
 
@@ -117,6 +118,8 @@ def fit(
         metrics_path: a new file for the reports, one JSON object per line.
         progress: True or False to show a progress bar or not; None to show it on a terminal.
         callback: called with every report.
+        stage_callback: called at the end of every stage of a curriculum with its position v and
+            the model there; at v = 0 the best.
 
     Returns:
         A `FitResult`.
@@ -145,9 +148,14 @@ def fit(
             bar.update(report)
             if callback is not None:
                 callback(report)
+            if run.is_over and stage_callback is not None:
+                stage_callback(run.stages.v, run.current())
+            run.go_on()
     result = run.result()
     if run.stopped == "refused":
         raise TrainingError(run.failure(), result)
+    if stage_callback is not None:
+        stage_callback(run.stages.v, result.model)
     return result
 
 
@@ -182,6 +190,7 @@ class _Run:
         )
         self.start = start
         self.stopped: Ending | None = None
+        self.is_over = False  # the stage
         self.history: list[Report] = []
         self.state: TrainState = initial_state(self.plan.optimizer, parts.params)
 
@@ -203,9 +212,7 @@ class _Run:
             self._keep_best(step, score)
         self.stopped = ending(self.state, config, self.stale)
         report = self._report(totals, score, (step - done) * self.plan.batch_size / seconds)
-        if self.stages.is_over(step, score):
-            self.stages.go_on(step)
-            self._begin_stage()
+        self.is_over = self.stages.is_over(step, score)
         if report["refused"] and not (self.history and self.history[-1]["refused"]):
             logger.warning(
                 "%d training step(s) refused by step %d (%s); parameters were left as they were",
@@ -215,6 +222,16 @@ class _Run:
             )
         self.history.append(report)
         return report
+
+    def go_on(self) -> None:
+        """Enter the next stage, where this one is over."""
+        if self.is_over:
+            self.stages.go_on(int(self.state.step))
+            self._begin_stage()
+
+    def current(self) -> Any:
+        """Return the model with the present parameters."""
+        return nnx.merge(self.parts.graphdef, snapshot(self.state.params), self.parts.fixed)
 
     def result(self) -> FitResult:
         """Put the models together."""

@@ -105,7 +105,7 @@ class ContinuousMixture:
         start = {
             "rank": first.rank,
             "components": components,
-            "trajectories": trajectories,
+            "trajectories": None if self.size is not None else trajectories,  # as the recipe has it
             "local_start": first.local_start,
             "learning_rate": first.learning_rate,
         }
@@ -117,8 +117,9 @@ class ContinuousMixture:
             "learning_rate": LEARNING_RATES,
         }
         if self.size is not None:
-            divisors = [s for s in range(1, components + 1) if components % s == 0]
-            axes |= {"rank": (first.rank,), "components": (components,), "trajectories": divisors}
+            counts: list[int | None] = [s for s in range(1, components + 1) if components % s == 0]
+            counts.insert(counts.index(trajectories), None)
+            axes |= {"rank": (first.rank,), "components": (components,), "trajectories": counts}
         return axes, start
 
     def _fit(self, data: Rows, seed: int, choice: Choice) -> Density:
@@ -133,7 +134,8 @@ def fit_recipe(data: Rows, recipe: Recipe, *, tails: bool) -> Density:
     """Fit a CPMM: tails where validation prefers them, and no second fit with validation rows."""
     recipe = replace(recipe, tails=0.0, refit=False)
     found = fit_mixture(data.x_train, None, data.x_valid, None, recipe, progress=False)
-    return _density(found.mixture, data, tails=tails)
+    density = _density(found.mixture, data, tails=tails)
+    return density._replace(found={"times": found.recipe.num_times, **density.found})
 
 
 def _direct_axes(data: Rows, size: Size | None) -> tuple[Axes, Choice]:
