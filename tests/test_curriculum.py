@@ -165,6 +165,24 @@ def test_components_are_apart_after_the_first_stage() -> None:
     assert means.var(axis=0).mean() > 0.3  # of the unit variance of the latent space
 
 
+def test_stages_can_be_watched() -> None:
+    seen: list[tuple[float, Any]] = []
+    config = replace(QUICK, steps=40, report_every=5)
+    curriculum = PROVIDERS["interpolant"]
+    result = fit(
+        start(),
+        X,
+        config=config,
+        curriculum=curriculum,
+        stage_callback=lambda v, model: seen.append((v, model)),
+    )
+    assert [v for v, _ in seen] == [1.0, 0.5, 0.0]
+    assert seen[-1][1] is result.model
+    first, second = (model.read(jnp.zeros(1)).mixture.components.means for _, model in seen[:2])
+    assert np.isfinite(first).all()  # not given away to the steps that followed
+    assert np.abs(first - second).max() > 0
+
+
 def test_providers_see_the_examples_alone() -> None:
     """Not the rows of zeros to which they are padded: a map may be undefined there."""
     seen = []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cpmm_jax.mixture.em import fit_em
-from cpmm_jax.pipeline import build_model, fit_mixture
+from cpmm_jax.pipeline import build_model, divide, fit_mixture, fit_start
 from cpmm_jax.recipe import recommend
 
 
@@ -56,6 +56,28 @@ def test_the_fewer_rows_a_component_has_the_more_share_a_trajectory(rows: int, t
     assert (recipe.num_classes, recipe.num_times) == (40 // times, times)
 
 
+def test_validation_settles_how_long_trajectories_are(rng: np.random.Generator) -> None:
+    """Two groups of few rows want two starts; four each would follow single rows."""
+    z = rng.normal(size=(500, 2)).astype(np.float32) * 0.1 + 4 * rng.integers(0, 2, (500, 1))
+    floor = np.full(2, 1e-3)
+    recipe = recommend(250, 2, components=8, rank=1)
+    assert recipe.divisions == (1, 2, 4, 8)
+    settled, start = divide(z[:250], z[250:], floor, recipe)
+    scores = {
+        times: fit_start(z[:250], None, floor, replace(recipe, num_classes=8 // times))[0]
+        .log_prob(z[250:])
+        .mean()
+        for times in recipe.divisions
+    }
+    assert settled.num_times == max(scores, key=lambda times: scores[times]) == 4
+    assert settled.num_classes == 2
+    assert start is not None
+    assert start[0].num_components == 2
+    assert divide(z[:250], None, floor, recipe) == (recipe, None)
+    assert recommend(250, 2, components=8, trajectories=4, rank=1).divisions == ()
+    assert recommend(250, 2, 2, labelled=True, components=8, rank=1).divisions == ()
+
+
 def test_a_long_trajectory_starts_at_an_example() -> None:
     """The Gaussian of all data is an optimum that a single trajectory would not leave."""
     assert not recommend(3000, 2, components=64, trajectories=1).local_start
@@ -68,6 +90,6 @@ def test_a_local_start_is_the_mixture_that_em_has_fitted(rng: np.random.Generato
     recipe = recommend(400, 2, components=2, trajectories=2, rank=1)
     assert recipe.local_start
     mixture = build_model(z, None, floor, recipe).read(jnp.zeros(1)).mixture
-    settings = {"n_init": 3, "noise_floor": 2 * floor, "seed": recipe.seed}
+    settings = {"n_init": 3, "moves": 20, "noise_floor": 2 * floor, "seed": recipe.seed}
     fitted = fit_em(z, 2, 1, **settings).mixture
     np.testing.assert_allclose(mixture.log_prob(z), fitted.log_prob(z), atol=1e-3)

@@ -189,6 +189,14 @@ def test_affine_is_the_change_of_variables(rng, dim, rank, make_mixture, dense):
     np.testing.assert_allclose(moved.covariance(), covariance, rtol=1e-4, atol=1e-5)
 
 
+def test_noise_is_that_of_the_sum_of_two_variables(rng, make_mixture, dense):
+    mixture, noise = make_mixture(rng, 3, dim=3, rank=2), np.array([1.0, 2.0, 3.0])
+    both = mixture.with_noise(noise)
+    np.testing.assert_allclose(both.mean(), mixture.mean(), rtol=1e-6)
+    expected = dense.covariances(mixture) + np.diag(noise)
+    np.testing.assert_allclose(dense.covariances(both), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("noise", [4.0, np.array([1.0, 2.0, 3.0])])
 def test_tails_are_a_mixture_of_each_component_and_its_broad_twin(rng, make_mixture, dense, noise):
     mixture = make_mixture(rng, 3, dim=3, rank=2)
@@ -236,6 +244,7 @@ def parts(**shapes):
         (lambda: parts().with_tails(1.0, 1.0), ConfigError, "`weight` must be .* got 1.0"),
         (lambda: parts().with_tails(jnp.ones(3), 0.1), ConfigError, "`noise` .* D = 4.*\\(3,\\)"),
         (lambda: parts().with_tails(-1.0, 0.1), ConfigError, "`noise` .* smallest -1"),
+        (lambda: parts().with_noise(0.0), ConfigError, "`noise` .* smallest 0"),
     ],
 )
 def test_wrong_shapes_get_one_line(call, error, message):

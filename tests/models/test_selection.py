@@ -9,7 +9,12 @@ import pytest
 from cpmm_jax.errors import ConfigError
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.mfa import MFA
-from cpmm_jax.models.selection import choose_num_times, polish_by_validation, prune
+from cpmm_jax.models.selection import (
+    broaden_by_validation,
+    choose_num_times,
+    polish_by_validation,
+    prune,
+)
 from tests.models.small import examples, small
 
 
@@ -49,6 +54,19 @@ def test_polish_stops_where_validation_is_best() -> None:
     assert found.scores[0] == pytest.approx(float(np.mean(mixture.log_prob(x_valid))), rel=1e-5)
     best = float(np.mean(found.mixture.log_prob(x_valid)))
     assert best == pytest.approx(found.scores[found.rounds], rel=1e-5)
+
+
+def test_narrow_components_are_broadened_to_where_validation_is_best() -> None:
+    x = np.random.default_rng(0).normal(size=(300, 2)).astype(np.float32)
+    start = MFA(jnp.zeros(100), x[:100], jnp.zeros((100, 2, 0)), jnp.full((100, 2), -12.0))
+    found = broaden_by_validation(start, x[100:], noise=(10.0, 0.3, 1e-3, 3.0))
+    assert list(found.scores) == [0.0, 1e-3, 0.3, 3.0]  # not beyond the first that is worse
+    assert found.noise == max(found.scores, key=found.scores.__getitem__) == 0.3
+    best = float(np.mean(found.mixture.log_prob(x[100:])))
+    assert best == pytest.approx(found.scores[0.3], rel=1e-5)
+    broad = broaden_by_validation(found.mixture, x[100:], noise=(5.0,))
+    assert broad.noise == 0.0
+    assert broad.mixture is found.mixture
 
 
 def test_bad_settings() -> None:
