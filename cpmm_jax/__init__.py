@@ -33,7 +33,12 @@ if TYPE_CHECKING:
     from cpmm_jax.mixture.mfa import MFA
     from cpmm_jax.models.cpmm import CPMM
     from cpmm_jax.models.direct import DirectMFA
-    from cpmm_jax.models.selection import choose_num_times, polish_by_validation, prune
+    from cpmm_jax.models.selection import (
+        broaden_by_validation,
+        choose_num_times,
+        polish_by_validation,
+        prune,
+    )
     from cpmm_jax.training.config import TrainConfig
     from cpmm_jax.training.flow import FlowResult, fit_flow
     from cpmm_jax.training.flow_objective import (
@@ -71,6 +76,7 @@ _HOME = {
     "StratifiedTimes": "cpmm_jax.dynamics.trajectory",
     "TrainConfig": "cpmm_jax.training.config",
     "UniformTimes": "cpmm_jax.dynamics.trajectory",
+    "broaden_by_validation": "cpmm_jax.models.selection",
     "choose_num_times": "cpmm_jax.models.selection",
     "fit": "cpmm_jax.training.loop",
     "fit_em": "cpmm_jax.mixture.em",
