@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 
-BENCHMARKS = ("density", "training_step", "solvers", "em", "inference", "startup", "scaling")
+SHORT = ("density", "training_step", "solvers", "em", "inference", "startup", "scaling")
+FULL = (*SHORT, "flow")
 
 if __name__ == "__main__":
     began, failed = time.perf_counter(), []
-    for name in BENCHMARKS:
+    for name in FULL if "--full" in sys.argv else SHORT:
         print(f"\n# {name}", flush=True)
         done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]])
         if done.returncode:

@@ -4,10 +4,10 @@
 
 A 5 x 5 grid at spacing 1, standard deviation 0.05; 2,000 training points, 5,000 test points, 25
 components of rank 0, starts at random training points, never k-means. The Kullback-Leibler
-divergence on the test points, in nats, for EM, for the mixture with free parameters by gradient, and
-for a CPMM of 25 trajectories, without and with the interpolant curriculum; each as it is, and after
-`fit_em(start=..., moves=100)`. 25 free Gaussians cannot be expected below 0.03: half their number of
-parameters over that of the points. One missing mode costs about 0.1.
+divergence on the test points, in nats, for EM, for the mixture with free parameters by gradient,
+and for a CPMM of 25 trajectories, without and with the interpolant curriculum; each as it is, and
+after `fit_em(start=..., moves=100)`. 25 free Gaussians cannot be expected below 0.03: half their
+number of parameters over that of the points. One missing mode costs about 0.1.
 """
 
 from __future__ import annotations

@@ -1,0 +1,75 @@
+"""The experiments of one file each: their tables, and, in `make torture`, their whole way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cpmm_jax.data import make
+from experiments import ablation, curriculum, figure2, gaussians25
+from experiments.compare.cells import Cell, Settings
+
+
+def test_a_curriculum_is_compared_over_the_same_seeds() -> None:
+    values = {
+        ("moons", "direct_none", 0): -2.0,
+        ("moons", "direct_none", 1): -3.0,
+        ("moons", "direct_matching", 1): -2.5,
+        ("moons", "cpmm_interpolant", 0): -1.0,  # without its like
+    }
+    table, numbers = curriculum.tabulate("title", values, ["moons"], 2)
+    assert numbers["moons/direct_none"] == [-2.0, -3.0]
+    assert numbers["moons/direct_matching"] == [-2.5]
+    assert numbers["moons/cpmm_interpolant"] == []
+    text = str(table)
+    assert "+0.500 (0.00)" in text
+    assert "-2.500 ± 6.353 (0.50)" in text
+
+
+def test_cells_name_model_and_curriculum() -> None:
+    timed = Cell("moons", "cpmm_matching", 0, Settings("equal_seconds", 5.0, 40, 4))
+    assert curriculum.make_method(timed) == curriculum.Trained("cpmm", "matching", 5.0)
+    counted = Cell("moons", "direct_none", 0, Settings("equal_steps", 0.0, 40, 4, 7))
+    assert curriculum.make_method(counted) == curriculum.Trained("direct", "none", None, 7)
+
+
+def test_a_step_is_timed_between_reports() -> None:
+    reports = [{"step": 20, "seconds": 9.0}, {"step": 40, "seconds": 11.0}]
+    assert curriculum.per_step(reports) == 0.1
+
+
+def test_the_25_gaussians_are_those_of_the_data() -> None:
+    """The mean of log p over many points is the negative entropy."""
+    x, _ = make("25gaussians", 20_000, 0)
+    entropy = np.log(25) + np.log(2 * np.pi * np.e * 0.05**2)
+    assert gaussians25.log_prob(x).mean() == pytest.approx(-entropy, abs=0.03)
+
+
+@pytest.mark.slow
+def test_the_curriculum_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--sets", "moons", "--seeds", "1", "--seconds", "2", "--steps", "60"]
+    assert curriculum.main([*sizes, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "At equal seconds" in shown
+    assert "At equal steps" in shown
+    numbers = json.loads((tmp_path / "curriculum.json").read_text())["data"]
+    for comparison in ("equal_seconds", "equal_steps"):
+        assert all(len(values) == 1 for values in numbers[comparison].values())
+        assert len(numbers[comparison]) == 8
+
+
+@pytest.mark.slow
+def test_the_ablation(tmp_path: Path) -> None:
+    assert ablation.main(["--sets", "moons", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    numbers = json.loads((tmp_path / "ablation.json").read_text())["data"]
+    assert all(len(numbers[f"moons/{change}"]) == 1 for change in ablation.CHANGES)
+
+
+@pytest.mark.slow
+def test_figure_2(tmp_path: Path) -> None:
+    figure2.main(["--curriculum", "interpolant", "--steps", "60", "--out", str(tmp_path)])
+    assert (tmp_path / "curriculum.png").read_bytes()[1:4] == b"PNG"
+    assert (tmp_path / "curriculum.gif").read_bytes()[:3] == b"GIF"
