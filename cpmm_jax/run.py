@@ -250,6 +250,7 @@ def fit_run(
             metrics_path=folder / "metrics.jsonl",
             progress=progress,
         )
+        recipe = fitted.recipe  # with what validation has settled
         artifact.save(
             folder / "mixture.npz",
             fitted.mixture,

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ import pytest
 from cpmm_jax import __version__, artifact
 from cpmm_jax.cli import compilation_cache
 from cpmm_jax.dynamics.flow import CNF
+from cpmm_jax.recipe import Recipe
 from cpmm_jax.run import open_run, read_examples
 from cpmm_jax.training.checkpoint import load_model
 from tests.cli.conftest import SETTINGS, Cpmm, write_table
@@ -53,6 +55,22 @@ def test_a_curriculum_leaves_its_flow_for_the_next_run(
     assert config["recipe"]["curriculum"] == "flow"
     positions = [report["v"] for report in open_run(tmp_path / "again").history()]
     assert positions == sorted(positions, reverse=True) and positions[-1] == 0
+
+
+def test_a_run_tells_how_its_components_were_divided_in_the_end(
+    cpmm: Cpmm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(120, 2)))
+
+    def settle(z: object, z_valid: object, floor: object, recipe: Recipe) -> tuple[Recipe, None]:
+        assert recipe.num_times != 1
+        return replace(recipe, num_classes=4, num_times=1, train_times=1), None
+
+    monkeypatch.setattr("cpmm_jax.pipeline.divide", settle)
+    assert cpmm("fit", tmp_path / "x.npy", "--out", tmp_path / "run", *SETTINGS).code == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["recipe"]["num_classes"], config["recipe"]["num_times"]) == (4, 1)
+    assert artifact.load(tmp_path / "run" / "mixture.npz").extra["num_times"] == 1
 
 
 def test_scores_are_in_the_units_of_the_data(run: Path, table: Path) -> None:
