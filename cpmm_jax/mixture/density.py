@@ -29,7 +29,7 @@ from cpmm_jax.mixture import linalg
 
 RELATIVE_ERROR = 5e-6  # of max(1, |log p|); what the matrix-product form must promise
 RELEVANCE = 20.0  # nats below the best component of a sum where one no longer moves the sum
-BLOCK_ELEMENTS = 2**23  # elements held at a time by default: 32 MiB in float32
+BLOCK_ELEMENTS = 2**22  # held at a time by default: 16 MiB in float32, about what caches hold
 
 
 class Components(NamedTuple):
