@@ -113,14 +113,15 @@ def fit_em(
         if batch_size is None:
             size = min(chunk_size or BLOCK_ROWS, len(rows))
             return exact_em(*data, begin, floor, tol, size=size, **settings)
-        key, size = jax.random.key(seed + i), min(batch_size, len(rows))
+        key, size = jax.random.key(seed * n_init + i), min(batch_size, len(rows))
         return stepwise_em(*data, begin, floor, tol, key, size=size, **settings)
 
     best: EMResult | None = None
     for i in range(n_init if given is None else 1):
         begin = given
         if given is None:
-            begin = start(rows, num_components, rank, noise_floor=floor, seed=seed + i)  # type: ignore[operator]
+            own = seed * n_init + i  # fits of other seeds share no start
+            begin = start(rows, num_components, rank, noise_floor=floor, seed=own)  # type: ignore[operator]
         wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), begin)
         result = run(_moved(wide, -centre), i)
         if best is None or result.log_likelihood > best.log_likelihood:

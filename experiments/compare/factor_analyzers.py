@@ -117,16 +117,17 @@ class ContinuousMixture:
             "learning_rate": LEARNING_RATES,
         }
         if self.size is not None:
-            counts: list[int | None] = [s for s in range(1, components + 1) if components % s == 0]
-            counts.insert(counts.index(trajectories), None)
-            axes |= {"rank": (first.rank,), "components": (components,), "trajectories": counts}
+            counts = [s for s in range(1, components + 1) if components % s == 0]
+            free = [None if count == trajectories else count for count in counts]
+            axes |= {"rank": (first.rank,), "components": (components,), "trajectories": free}
         return axes, start
 
     def _fit(self, data: Rows, seed: int, choice: Choice) -> Density:
         sizes = dict(choice)
         local = sizes.pop("local_start")
         recipe = recommend(*data.x_train.shape, **sizes, steps=self.steps, seed=seed)
-        recipe = replace(recipe, local_start=local, polish=self.polished)
+        divisions = recipe.divisions if local else ()  # of the mixtures that local starts come from
+        recipe = replace(recipe, divisions=divisions, local_start=local, polish=self.polished)
         return fit_recipe(data, recipe, tails=self.size is None)
 
 

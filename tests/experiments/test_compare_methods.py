@@ -124,7 +124,7 @@ def test_the_recipe_of_the_cpmm(
 
     def untrained(x: Any, y: None, x_valid: Any, y_valid: None, recipe: Any, **_: Any) -> Any:
         recipes.append(recipe)
-        return SimpleNamespace(mixture=random_start(x, 2, 1, seed=0))
+        return SimpleNamespace(mixture=random_start(x, 2, 1, seed=0), recipe=recipe)
 
     monkeypatch.setattr(factor_analyzers, "fit_mixture", untrained)
     found, _ = fit_blobs("cpmm_polish" if polished else "cpmm", size=size, budget=60.0)
