@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -26,6 +27,7 @@ from cpmm_jax.solver_study import (
     describe,
     recommend_solver,
 )
+from cpmm_jax.solver_study.timing import interleave
 from cpmm_jax.training.checkpoint import load_model, save_model
 from tests.models.small import QUICK, small
 
@@ -249,3 +251,16 @@ def test_advice_holds_on_the_model(measured: dict[str, SolverMeasurement]) -> No
 def test_no_success_gives_no_advice() -> None:
     with pytest.raises(ConfigError, match="at least one success; got It broke"):
         recommend_solver([FAILED])
+
+
+def test_a_turn_begins_with_a_call_that_is_not_timed_unless_calls_are_long() -> None:
+    calls = {"short": 0, "long": 0}
+
+    def call(name: str, seconds: float) -> None:
+        calls[name] += 1
+        time.sleep(seconds)
+
+    cases = {"short": lambda: call("short", 0.0), "long": lambda: call("long", 0.02)}
+    interleave(cases, seconds=0.01, least=3)
+    assert calls["long"] == 1 + 1 + 3  # warm, before the first turn, and three turns
+    assert calls["short"] >= 1 + 2 * 3
