@@ -23,6 +23,7 @@ from cpmm_jax.data.dataset import Dataset, split
 from cpmm_jax.data.standardise import Standardizer
 from cpmm_jax.dynamics.flow import CNF
 from cpmm_jax.mixture.em import fit_em, polish
+from cpmm_jax.mixture.grouping import group_examples, spread_labels
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.mfa import MFA
 from cpmm_jax.models.cpmm import CPMM
@@ -134,7 +135,10 @@ def fit_mixture(
     recipe = divide(data, floor, recipe)
     untrained = begin and begin.model
     if untrained is None:
-        untrained = build_model(*train, floor, recipe, curriculum, weight=data.weight_train)
+        classes = find_classes(*train, recipe, standardizer.scale, weight=data.weight_train)
+        untrained = build_model(
+            data.x_train, classes, floor, recipe, curriculum, weight=data.weight_train
+        )
     result = fit(
         untrained,
         *train,
@@ -158,6 +162,7 @@ def fit_mixture(
             for first, last in zip((*train, data.weight_train), valid.values(), strict=True)
         )
         assert z is not None
+        classes = find_classes(z, y, recipe, standardizer.scale, weight=weight)
         final = replace(
             config,
             steps=result.best_step,
@@ -165,7 +170,7 @@ def fit_mixture(
             valid_fraction=0.0,
             patience=None,
         )
-        start = build_model(z, y, floor, recipe, curriculum, weight=weight)
+        start = build_model(z, classes, floor, recipe, curriculum, weight=weight)
         own: Any = {"curriculum": curriculum, "sample_weight": weight, "progress": progress}
         model = fit(start, z, y, config=final, **own).model
         again: Any = {"max_iter": rounds, "tol": 0.0, "sample_weight": weight}
@@ -243,6 +248,36 @@ def divide(data: Dataset, noise_floor: np.ndarray, recipe: Recipe) -> Recipe:
     return best
 
 
+def find_classes(
+    z: np.ndarray,
+    y: np.ndarray | None,
+    recipe: Recipe,
+    scale: np.ndarray,
+    *,
+    weight: np.ndarray | None = None,
+) -> np.ndarray | None:
+    """Return the class in which each example starts: its own, its neighbours', or its cluster.
+
+    Args:
+        z: standardised training examples, shape (N, D).
+        y: class codes, shape (N,), -1 where not known; None for a density or clusters.
+        recipe: the number of clusters and the seed.
+        scale: standard deviations of the features, shape (D,): neighbours may be nearer in the
+            units of the data, where these are the same for all.
+        weight: how much each example counts, shape (N,), or None.
+
+    Returns:
+        Class codes, shape (N,); None for a density.
+    """
+    if recipe.clusters:
+        scales = (1.0, scale / scale.max())
+        settings: Any = {"scales": scales, "weight": weight, "seed": recipe.seed}
+        return group_examples(z, recipe.num_classes, **settings)
+    if y is None or y.min() >= 0:
+        return y
+    return spread_labels(z, y, recipe.num_classes, weight=weight)
+
+
 def fit_start(
     z: np.ndarray,
     y: np.ndarray | None,
@@ -277,6 +312,8 @@ def fit_start(
     }
     found = []
     for rows in parts:
+        if len(rows) < count:  # as few rows of a rare class as there are stand for more
+            rows = np.resize(rows, count)
         own = None if weight is None else weight[rows]
         found.append(fit_em(z[rows], count, recipe.rank, sample_weight=own, **settings).mixture)
     return found
@@ -331,4 +368,7 @@ def build_model(
     model.log_noise = nnx.Param(jnp.log(jnp.exp(log_noise) - added))
     weights = model.trajectory_logits if y is not None else model.class_logits
     weights[...] = logits.reshape(weights.shape)
+    if recipe.clusters and y is not None:
+        counts = np.bincount(y, weight, recipe.num_classes)
+        model.class_logits[...] = jnp.log(jnp.asarray(counts / counts.sum(), jnp.float32))
     return model

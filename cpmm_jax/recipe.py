@@ -141,9 +141,10 @@ def recommend(
     grouped = labelled or clusters is not None
     classes = (clusters or num_classes) if grouped else 1
     rows = num_examples / classes  # of one class
-    local = _ample(rows, dim) and curriculum == "none" if local_start is None else local_start
+    if local_start is None:  # clusters are where they start
+        local_start = clusters is not None or (_ample(rows, dim) and curriculum == "none")
     divisions: tuple[int, ...] = ()
-    if local and components is not None and trajectories is None and not grouped:
+    if local_start and components is not None and trajectories is None and not grouped:
         divisions = tuple(times for times in DIVISIONS if components % times == 0)
     tails = 0.1 if components is None and _few(rows, dim) else 0.0
     rank = default_rank(rows, dim) if rank is None else rank
@@ -167,13 +168,13 @@ def recommend(
         train_times=_default_train_times(rows, dim, times),
         rank=rank,
         divisions=divisions,
-        local_start=local and times <= LONGEST_LOCAL,
+        local_start=local_start and times <= LONGEST_LOCAL,
         polish=_ample(rows, dim),
         curriculum=curriculum,
         tails=tails,
         widths=(128, 128) if dim < 16 else (256, 256),
         steps=(1500 if _few(rows, dim) else 3000) if steps is None else steps,
-        batch_size=256 if batch_size is None else batch_size,
+        batch_size=_default_batch_size(num_examples) if batch_size is None else batch_size,
         learning_rate=3e-3 if learning_rate is None else learning_rate,
         patience=10,
         refit=num_examples < REFIT_BELOW,
@@ -214,6 +215,11 @@ def _ample(rows: float, dim: int) -> bool:
 def _default_times(rows: float, dim: int, trajectories: int) -> int:
     times = 2 if trajectories >= 40 else 16 if _few(rows, dim) else 8
     return max(1, min(times, int(rows) // (2 * trajectories)))
+
+
+def _default_batch_size(num_examples: int) -> int:
+    """Return 256; of few rows a power of two, the same with a validation part and without."""
+    return min(256, 1 << (max(1, int(0.8 * num_examples)).bit_length() - 1))
 
 
 def _default_train_times(rows: float, dim: int, times: int) -> int:
