@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from cpmm_jax.dynamics.solve import SolverConfig
     from cpmm_jax.dynamics.trace import ExactTrace, HutchinsonTrace
     from cpmm_jax.dynamics.trajectory import GridTimes, StratifiedTimes, UniformTimes
+    from cpmm_jax.estimators import (
+        CPMMClassifier,
+        CPMMCluster,
+        CPMMDensity,
+        MFAClassifier,
+        MFACluster,
+        MFADensity,
+    )
     from cpmm_jax.mixture.em import fit_em, fit_em_stream, polish
     from cpmm_jax.mixture.em_loops import EMResult
     from cpmm_jax.mixture.em_steps import Constraints
@@ -52,6 +60,9 @@ if TYPE_CHECKING:
 _HOME = {
     "CNF": "cpmm_jax.dynamics.flow",
     "CPMM": "cpmm_jax.models.cpmm",
+    "CPMMClassifier": "cpmm_jax.estimators",
+    "CPMMCluster": "cpmm_jax.estimators",
+    "CPMMDensity": "cpmm_jax.estimators",
     "Constraints": "cpmm_jax.mixture.em_steps",
     "Curriculum": "cpmm_jax.curriculum",
     "CustomCurriculum": "cpmm_jax.curriculum",
@@ -68,6 +79,9 @@ _HOME = {
     "IndependentCoupling": "cpmm_jax.training.flow_objective",
     "InterpolantCurriculum": "cpmm_jax.curriculum",
     "MFA": "cpmm_jax.mixture.mfa",
+    "MFAClassifier": "cpmm_jax.estimators",
+    "MFACluster": "cpmm_jax.estimators",
+    "MFADensity": "cpmm_jax.estimators",
     "MaximumLikelihood": "cpmm_jax.training.flow_objective",
     "NoCurriculum": "cpmm_jax.curriculum",
     "OptimalTransportCoupling": "cpmm_jax.training.flow_objective",

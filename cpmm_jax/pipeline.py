@@ -23,6 +23,7 @@ from cpmm_jax.data.dataset import Dataset, split
 from cpmm_jax.data.standardise import Standardizer
 from cpmm_jax.dynamics.flow import CNF
 from cpmm_jax.mixture.em import fit_em, polish
+from cpmm_jax.mixture.grouping import group_examples, spread_labels
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.mfa import MFA
 from cpmm_jax.models.cpmm import CPMM
@@ -46,6 +47,7 @@ class FittedMixture:
 
     Attributes:
         mixture: the extracted components, in the units of the data as given.
+        standardized: the same in standardised units.
         model: the trained model, in standardised units.
         standardizer: from the units of the data to those of the model.
         recipe: the settings used.
@@ -54,6 +56,7 @@ class FittedMixture:
     """
 
     mixture: HierarchicalMFA
+    standardized: HierarchicalMFA
     model: CPMM
     standardizer: Standardizer
     recipe: Recipe
@@ -75,6 +78,9 @@ def fit_mixture(
     y_valid: np.ndarray | None,
     recipe: Recipe,
     *,
+    weight: np.ndarray | None = None,
+    weight_valid: np.ndarray | None = None,
+    begin: FittedMixture | None = None,
     flow: CNF | None = None,
     feature_names: Sequence[str] | None = None,
     metrics_path: str | Path | None = None,
@@ -84,10 +90,14 @@ def fit_mixture(
 
     Args:
         x_train: training examples, shape (N, D).
-        y_train: class codes, shape (N,), or None.
+        y_train: class codes, shape (N,), -1 where not known; None for a density or for clusters.
         x_valid: validation examples; None to cut them from the training rows.
         y_valid: their class codes.
         recipe: see `recommend`.
+        weight: for how many rows each training example stands, positive, shape (N,); None for one.
+        weight_valid: the same of the validation examples.
+        begin: an earlier fit, from whose model training goes on, in its units and sizes; None to
+            begin anew.
         flow: one trained on these data before, in standardised units, for the curriculum "flow";
             None to train one.
         feature_names: D names, for the warnings.
@@ -104,38 +114,55 @@ def fit_mixture(
         patience=recipe.patience,
         seed=recipe.seed,
     )
-    standardizer = Standardizer.fit(x_train, names=feature_names)
+    if begin is None:
+        standardizer = Standardizer.fit(x_train, names=feature_names, weight=weight)
+    else:
+        standardizer = begin.standardizer
+        sizes = ("num_classes", "num_trajectories", "num_times", "train_times")
+        recipe = replace(recipe, **{size: getattr(begin.recipe, size) for size in sizes})
+        recipe = replace(recipe, divisions=(), refit=False)
     floor = standardizer.noise_floor()
-    z, y = standardizer.transform(x_train), y_train
+    data = Dataset("z", standardizer.transform(x_train), y_train, weight_train=weight)
     if x_valid is None:  # the rows that `fit` would take
         cut = config.valid_fraction
-        parts = split(Dataset("z", z, y), seed=recipe.seed, valid_fraction=cut, test_fraction=0.0)
-        z, y, z_valid, y_valid = parts.x_train, parts.y_train, parts.x_valid, parts.y_valid
+        data = split(data, seed=recipe.seed, valid_fraction=cut, test_fraction=0.0)
     else:
         z_valid = standardizer.transform(x_valid)
-    curriculum = build_curriculum(z, z_valid, recipe, flow, progress=progress)
-    recipe, begin = divide(z, z_valid, floor, recipe)
+        data = replace(data, x_valid=z_valid, y_valid=y_valid, weight_valid=weight_valid)
+    train = (data.x_train, data.y_train)
+    valid: Any = {key: getattr(data, key) for key in ("x_valid", "y_valid", "weight_valid")}
+    curriculum = build_curriculum(data.x_train, data.x_valid, recipe, flow, progress=progress)
+    recipe = divide(data, floor, recipe)
+    untrained = begin and begin.model
+    if untrained is None:
+        classes = find_classes(*train, recipe, standardizer.scale, weight=data.weight_train)
+        untrained = build_model(
+            data.x_train, classes, floor, recipe, curriculum, weight=data.weight_train
+        )
     result = fit(
-        build_model(z, y, floor, recipe, curriculum, begin),
-        z,
-        y,
+        untrained,
+        *train,
         config=replace(config, num_times=recipe.train_times, valid_times=recipe.num_times),
         curriculum=curriculum,
-        x_valid=z_valid,
-        y_valid=y_valid,
+        sample_weight=data.weight_train,
+        **valid,
         metrics_path=metrics_path,
         progress=progress,
     )
     model = result.model
     extracted: Any = model.extract(recipe.num_times)
     rounds, noise = 0, 0.0
-    if recipe.polish and z_valid is not None:
-        polished = polish_by_validation(extracted, z, y, x_valid=z_valid, y_valid=y_valid)
-        broad = broaden_by_validation(polished.mixture, z_valid, y_valid)
+    if recipe.polish and data.x_valid is not None:
+        polished = polish_by_validation(extracted, *train, sample_weight=data.weight_train, **valid)
+        broad = broaden_by_validation(polished.mixture, **valid)
         extracted, rounds, noise = broad.mixture, polished.rounds, broad.noise
-    if recipe.refit and result.best_step > 0 and z_valid is not None:
-        z = np.concatenate([z, z_valid])
-        y = None if y is None or y_valid is None else np.concatenate([y, y_valid])
+    if recipe.refit and result.best_step > 0 and data.x_valid is not None:
+        z, y, weight = (
+            None if first is None or last is None else np.concatenate([first, last])
+            for first, last in zip((*train, data.weight_train), valid.values(), strict=True)
+        )
+        assert z is not None
+        classes = find_classes(z, y, recipe, standardizer.scale, weight=weight)
         final = replace(
             config,
             steps=result.best_step,
@@ -143,14 +170,17 @@ def fit_mixture(
             valid_fraction=0.0,
             patience=None,
         )
-        start = build_model(z, y, floor, recipe, curriculum)
-        model = fit(start, z, y, config=final, curriculum=curriculum, progress=progress).model
-        extracted = polish(model.extract(recipe.num_times), z, y, max_iter=rounds, tol=0.0)
+        start = build_model(z, classes, floor, recipe, curriculum, weight=weight)
+        own: Any = {"curriculum": curriculum, "sample_weight": weight, "progress": progress}
+        model = fit(start, z, y, config=final, **own).model
+        again: Any = {"max_iter": rounds, "tol": 0.0, "sample_weight": weight}
+        extracted = polish(model.extract(recipe.num_times), z, y, **again)
         extracted = extracted.with_noise(noise) if noise else extracted
     if recipe.tails:
         extracted = extracted.with_tails(TAIL_NOISE, recipe.tails)
     return FittedMixture(
         mixture=extracted.affine(standardizer.scale, standardizer.shift),
+        standardized=extracted,
         model=model,
         standardizer=standardizer,
         recipe=recipe,
@@ -188,40 +218,75 @@ def build_curriculum(
     return FlowCurriculum(flow)
 
 
-def divide(
-    z: np.ndarray, z_valid: np.ndarray | None, noise_floor: np.ndarray, recipe: Recipe
-) -> tuple[Recipe, Sequence[MFA] | None]:
+def divide(data: Dataset, noise_floor: np.ndarray, recipe: Recipe) -> Recipe:
     """Settle how components divide into trajectories and times, where the recipe leaves it open.
 
     A trajectory of T times takes the place of T components, and starts as one. Fewer of these are
-    better where rows are too few for each, so the mixtures by EM, of K / T components each, are
-    compared by validation.
+    better where rows are too few for each, so mixtures of K / T components, each from one start of
+    EM and with as much noise added as is good for it, are compared by validation.
 
     Args:
-        z: standardised training examples, shape (N, D).
-        z_valid: standardised validation examples; None to leave the recipe as it is.
+        data: standardised training and validation examples; without the latter the recipe stays.
         noise_floor: smallest noise variance of each feature, shape (D,).
         recipe: with `divisions`.
 
     Returns:
-        The recipe with its T, and the mixture to start at, if one was fitted.
+        The recipe with its T.
     """
-    best: tuple[float, Recipe, Sequence[MFA] | None] = -np.inf, recipe, None
-    if z_valid is None:
-        return best[1:]
+    best, highest = recipe, -np.inf
+    if data.x_valid is None:
+        return best
     total = recipe.num_classes * recipe.num_times
     for times in recipe.divisions:
         count = total // times
         tried = replace(recipe, num_classes=count, num_times=times, train_times=times)
-        start = fit_start(z, None, noise_floor, tried)
-        score = float(np.mean(np.asarray(start[0].log_prob(z_valid))))
-        if score > best[0]:
-            best = score, tried, start
-    return best[1:]
+        quick: Any = {"weight": data.weight_train, "starts": 1, "moves": 0}
+        start = fit_start(data.x_train, None, noise_floor, tried, **quick)[0]
+        broad = broaden_by_validation(start, data.x_valid, weight_valid=data.weight_valid)
+        if broad.scores[broad.noise] > highest:
+            best, highest = tried, broad.scores[broad.noise]
+    return best
+
+
+def find_classes(
+    z: np.ndarray,
+    y: np.ndarray | None,
+    recipe: Recipe,
+    scale: np.ndarray,
+    *,
+    weight: np.ndarray | None = None,
+) -> np.ndarray | None:
+    """Return the class in which each example starts: its own, its neighbours', or its cluster.
+
+    Args:
+        z: standardised training examples, shape (N, D).
+        y: class codes, shape (N,), -1 where not known; None for a density or clusters.
+        recipe: the number of clusters and the seed.
+        scale: standard deviations of the features, shape (D,): neighbours may be nearer in the
+            units of the data, where these are the same for all.
+        weight: how much each example counts, shape (N,), or None.
+
+    Returns:
+        Class codes, shape (N,); None for a density.
+    """
+    if recipe.clusters:
+        scales = (1.0, scale / scale.max())
+        settings: Any = {"scales": scales, "weight": weight, "seed": recipe.seed}
+        return group_examples(z, recipe.num_classes, **settings)
+    if y is None or y.min() >= 0:
+        return y
+    return spread_labels(z, y, recipe.num_classes, weight=weight)
 
 
 def fit_start(
-    z: np.ndarray, y: np.ndarray | None, noise_floor: np.ndarray, recipe: Recipe
+    z: np.ndarray,
+    y: np.ndarray | None,
+    noise_floor: np.ndarray,
+    recipe: Recipe,
+    *,
+    weight: np.ndarray | None = None,
+    starts: int = EM_STARTS,
+    moves: int = EM_MOVES,
 ) -> list[MFA]:
     """Fit by EM where trajectories start: a mixture of each class, or one of all classes.
 
@@ -230,19 +295,28 @@ def fit_start(
         y: class codes, or None, where every trajectory is a class.
         noise_floor: smallest noise variance of each feature, shape (D,).
         recipe: sizes and seed.
+        weight: how much each example counts, shape (N,), or None.
+        starts: of EM, of which the likeliest is taken.
+        moves: of components, see `fit_em`.
     """
-    by_class, count = [z], recipe.num_classes
+    parts, count = [np.arange(len(z))], recipe.num_classes
     if y is not None:
-        by_class = [z[y == c] for c in range(recipe.num_classes)]
+        parts = [np.flatnonzero(y == c) for c in range(recipe.num_classes)]
         count = recipe.num_trajectories
     settings: Any = {
-        "n_init": EM_STARTS,
-        "moves": EM_MOVES,
+        "n_init": starts,
+        "moves": moves,
         "max_iter": EM_ROUNDS,
         "noise_floor": 2 * noise_floor,
         "seed": recipe.seed,
     }
-    return [fit_em(rows, count, recipe.rank, **settings).mixture for rows in by_class]
+    found = []
+    for rows in parts:
+        if len(rows) < count:  # as few rows of a rare class as there are stand for more
+            rows = np.resize(rows, count)
+        own = None if weight is None else weight[rows]
+        found.append(fit_em(z[rows], count, recipe.rank, sample_weight=own, **settings).mixture)
+    return found
 
 
 def build_model(
@@ -251,7 +325,8 @@ def build_model(
     noise_floor: np.ndarray,
     recipe: Recipe,
     curriculum: Curriculum = NoCurriculum(),  # noqa: B008
-    begin: Sequence[MFA] | None = None,
+    *,
+    weight: np.ndarray | None = None,
 ) -> CPMM:
     """Build an untrained CPMM whose trajectories start at examples, or at components fitted by EM.
 
@@ -261,7 +336,7 @@ def build_model(
         noise_floor: smallest noise variance of each feature, shape (D,).
         recipe: sizes and seed.
         curriculum: the examples are taken where it begins.
-        begin: what `fit_start` returned, where that is known.
+        weight: how much each example counts, shape (N,), or None.
     """
     make = partial(
         CPMM,
@@ -281,7 +356,7 @@ def build_model(
         by_class = [z if y is None else z[y == c] for c in range(recipe.num_classes)]
         starts = [rows[rng.choice(len(rows), count)] for rows in by_class]
         return make(initial_means=np.stack(starts))
-    local = fit_start(z, y, noise_floor, recipe) if begin is None else begin
+    local = fit_start(z, y, noise_floor, recipe, weight=weight)
     lead = (recipe.num_classes, recipe.num_trajectories)
     logits, means, loadings, log_noise = (
         jnp.stack(leaves).reshape(*lead, *leaves[0].shape[1:])
@@ -293,4 +368,7 @@ def build_model(
     model.log_noise = nnx.Param(jnp.log(jnp.exp(log_noise) - added))
     weights = model.trajectory_logits if y is not None else model.class_logits
     weights[...] = logits.reshape(weights.shape)
+    if recipe.clusters and y is not None:
+        counts = np.bincount(y, weight, recipe.num_classes)
+        model.class_logits[...] = jnp.log(jnp.asarray(counts / counts.sum(), jnp.float32))
     return model

@@ -20,6 +20,7 @@ class Recipe:
     Attributes:
         num_classes: classes of the hierarchy, C; without labels every trajectory is one.
         num_trajectories: trajectories of each class, S.
+        clusters: whether the classes are clusters, to be found without labels.
         num_times: pseudotimes at which each trajectory is extracted, T.
         train_times: pseudotimes drawn in a training step; fewer where rows are scarce, as a
             regulariser.
@@ -45,6 +46,7 @@ class Recipe:
 
     num_classes: int
     num_trajectories: int
+    clusters: bool
     num_times: int
     train_times: int
     rank: int
@@ -74,9 +76,11 @@ def recommend(
     num_classes: int = 1,
     *,
     labelled: bool = False,
+    clusters: int | None = None,
     components: int | None = None,
     trajectories: int | None = None,
     rank: int | None = None,
+    local_start: bool | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
@@ -95,9 +99,11 @@ def recommend(
         dim: features, D.
         num_classes: classes of the labels, C (used when `labelled`).
         labelled: whether labels are trained on.
+        clusters: clusters to find, each of which becomes a class; None for a density.
         components: components of the extracted mixture in total.
-        trajectories: trajectories per class; without labels, in all.
+        trajectories: trajectories per class or cluster; for a density, in all.
         rank: factors, R.
+        local_start: whether trajectories start at the components of a mixture fitted by EM.
         steps: training steps.
         batch_size: examples in a step.
         learning_rate: highest learning rate.
@@ -118,6 +124,7 @@ def recommend(
     for name, value, least in (
         ("components", components, 1),
         ("trajectories", trajectories, 1),
+        ("clusters", clusters, 1),
         ("rank", rank, 0),
     ):
         if value is not None and value < least:
@@ -131,14 +138,16 @@ def recommend(
         raise ConfigError(
             f"`curriculum` must be one of {', '.join(CURRICULA)}; got {curriculum!r}."
         )
-    classes = num_classes if labelled else 1
+    grouped = labelled or clusters is not None
+    classes = (clusters or num_classes) if grouped else 1
     rows = num_examples / classes  # of one class
-    local = _ample(rows, dim) and curriculum == "none"
+    if local_start is None:  # clusters are where they start
+        local_start = clusters is not None or (_ample(rows, dim) and curriculum == "none")
     divisions: tuple[int, ...] = ()
-    if local and components is not None and trajectories is None and not labelled:
+    if local_start and components is not None and trajectories is None and not grouped:
         divisions = tuple(times for times in DIVISIONS if components % times == 0)
     tails = 0.1 if components is None and _few(rows, dim) else 0.0
-    rank = _default_rank(rows, dim) if rank is None else rank
+    rank = default_rank(rows, dim) if rank is None else rank
     if trajectories is None:
         trajectories = _default_trajectories(rows, dim, rank, components, classes)
     if components is None:
@@ -152,19 +161,20 @@ def recommend(
         times = components // (classes * trajectories)
     check_enough_rows(num_examples, classes * trajectories * times)
     return Recipe(
-        num_classes=classes if labelled else trajectories,
-        num_trajectories=trajectories if labelled else 1,
+        num_classes=classes if grouped else trajectories,
+        num_trajectories=trajectories if grouped else 1,
+        clusters=clusters is not None,
         num_times=times,
         train_times=_default_train_times(rows, dim, times),
         rank=rank,
         divisions=divisions,
-        local_start=local and times <= LONGEST_LOCAL,
+        local_start=local_start and times <= LONGEST_LOCAL,
         polish=_ample(rows, dim),
         curriculum=curriculum,
         tails=tails,
         widths=(128, 128) if dim < 16 else (256, 256),
         steps=(1500 if _few(rows, dim) else 3000) if steps is None else steps,
-        batch_size=256 if batch_size is None else batch_size,
+        batch_size=_default_batch_size(num_examples) if batch_size is None else batch_size,
         learning_rate=3e-3 if learning_rate is None else learning_rate,
         patience=10,
         refit=num_examples < REFIT_BELOW,
@@ -207,9 +217,15 @@ def _default_times(rows: float, dim: int, trajectories: int) -> int:
     return max(1, min(times, int(rows) // (2 * trajectories)))
 
 
+def _default_batch_size(num_examples: int) -> int:
+    """Return 256; of few rows a power of two, the same with a validation part and without."""
+    return min(256, 1 << (max(1, int(0.8 * num_examples)).bit_length() - 1))
+
+
 def _default_train_times(rows: float, dim: int, times: int) -> int:
     return min(times, max(3, times // 5)) if _few(rows, dim) else times
 
 
-def _default_rank(rows: float, dim: int) -> int:
+def default_rank(rows: float, dim: int) -> int:
+    """Return how many factors suit so many rows of D features."""
     return max(0, min(dim - 1, 4 if rows > 100 * dim or dim <= 16 else 12))

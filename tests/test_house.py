@@ -28,6 +28,7 @@ ROOMS = [
     "plotting",
     "recipe",
     "pipeline",
+    "direct_pipeline",
     "solver_study",
     "run",
     "estimators",

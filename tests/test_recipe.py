@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cpmm_jax.data.dataset import Dataset
 from cpmm_jax.mixture.em import fit_em
 from cpmm_jax.pipeline import build_model, divide, fit_mixture, fit_start
 from cpmm_jax.recipe import recommend
@@ -62,18 +63,18 @@ def test_validation_settles_how_long_trajectories_are(rng: np.random.Generator) 
     floor = np.full(2, 1e-3)
     recipe = recommend(250, 2, components=8, rank=1)
     assert recipe.divisions == (1, 2, 4, 8)
-    settled, start = divide(z[:250], z[250:], floor, recipe)
+    settled = divide(Dataset("z", z[:250], x_valid=z[250:]), floor, recipe)
     scores = {
-        times: fit_start(z[:250], None, floor, replace(recipe, num_classes=8 // times))[0]
+        times: fit_start(
+            z[:250], None, floor, replace(recipe, num_classes=8 // times), starts=1, moves=0
+        )[0]
         .log_prob(z[250:])
         .mean()
         for times in recipe.divisions
     }
     assert settled.num_times == max(scores, key=lambda times: scores[times]) == 4
     assert settled.num_classes == 2
-    assert start is not None
-    assert start[0].num_components == 2
-    assert divide(z[:250], None, floor, recipe) == (recipe, None)
+    assert divide(Dataset("z", z[:250]), floor, recipe) == recipe
     assert recommend(250, 2, components=8, trajectories=4, rank=1).divisions == ()
     assert recommend(250, 2, 2, labelled=True, components=8, rank=1).divisions == ()
 

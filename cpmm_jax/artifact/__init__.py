@@ -10,7 +10,7 @@ Reading trusts nothing in a file: it never unpickles, allocates nothing before t
 headers agree with the size of the file, and turns every fault into an `ArtifactError` of one line.
 """
 
-from cpmm_jax.artifact.file import SCHEMA, load, load_mixture, save, save_mixture
+from cpmm_jax.artifact.file import SCHEMA, load, load_mixture, save, save_mixture, to_mixture
 from cpmm_jax.artifact.mixture import Mixture
 
-__all__ = ["SCHEMA", "Mixture", "load", "load_mixture", "save", "save_mixture"]
+__all__ = ["SCHEMA", "Mixture", "load", "load_mixture", "save", "save_mixture", "to_mixture"]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 
 SCHEMA = 1
+METADATA = ("class_names", "feature_names", "event_shape", "extra")
 _INFLATION = 100  # most bytes that a byte of a compressed file may stand for, beyond 64 MiB
 
 
@@ -130,8 +131,8 @@ def save(
 
     Args:
         path: the file, written under exactly this name.
-        mixture: a `HierarchicalMFA`, an `MFA` (stored as one class) or a `Mixture`.
-        class_names: C names; where None, those of `mixture` if it has any. So for the rest.
+        mixture: see `to_mixture`, as for the names.
+        class_names: C names.
         feature_names: D names.
         event_shape: shape of one example, D entries in all.
         extra: anything else to keep, as JSON can say it.
@@ -139,23 +140,19 @@ def save(
     Raises:
         ArtifactError: a shape, value or name breaks a rule, or the file cannot be written.
     """
-    given = {
-        "class_names": _to_tuple("class_names", class_names, str),
-        "feature_names": _to_tuple("feature_names", feature_names, str),
-        "event_shape": _to_tuple("event_shape", event_shape, int),
-        "extra": extra,
-    }
-    metadata: dict[str, Any] = {
-        name: getattr(mixture, name, None) if value is None else value
-        for name, value in given.items()
-    }
-    metadata["extra"] = dict(metadata["extra"] or {})
-    arrays = _collect(mixture)
-    Mixture(**arrays, **metadata)  # its checks
+    light = to_mixture(
+        mixture,
+        class_names=class_names,
+        feature_names=feature_names,
+        event_shape=event_shape,
+        extra=extra,
+    )
+    metadata = {name: getattr(light, name) for name in METADATA}
     try:
         text = json.dumps({**metadata, "created_by": f"cpmm_jax {__version__}"})
     except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"`extra` must be JSON; got {error}. Use plain types.") from error
+    arrays = {name: getattr(light, name) for name in PARAMETERS}
     path = Path(path)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -170,6 +167,40 @@ def save(
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def to_mixture(
+    mixture: Any,
+    *,
+    class_names: Iterable[Any] | None = None,
+    feature_names: Iterable[Any] | None = None,
+    event_shape: Iterable[int] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Mixture:
+    """Return the light mixture of a fitted one, what `load` gives after `save`.
+
+    Args:
+        mixture: a `HierarchicalMFA`, an `MFA` (taken as one class) or a `Mixture`.
+        class_names: C names; where None, those of `mixture` if it has any. So for the rest.
+        feature_names: D names.
+        event_shape: shape of one example, D entries in all.
+        extra: anything else to keep.
+
+    Raises:
+        ArtifactError: a shape, value or name breaks a rule.
+    """
+    given = {
+        "class_names": _to_tuple("class_names", class_names, str),
+        "feature_names": _to_tuple("feature_names", feature_names, str),
+        "event_shape": _to_tuple("event_shape", event_shape, int),
+        "extra": extra,
+    }
+    metadata: dict[str, Any] = {
+        name: getattr(mixture, name, None) if value is None else value
+        for name, value in given.items()
+    }
+    metadata["extra"] = dict(metadata["extra"] or {})
+    return Mixture(**_collect(mixture), **metadata)
 
 
 save_mixture = save

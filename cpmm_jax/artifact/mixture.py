@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +88,10 @@ class Mixture:
         same = event is None or (min(event, default=1) > 0 and math.prod(event) == means[2])
         require(same, f"`event_shape` must hold D = {means[2]} entries in all; got {event}.")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is computed from the parameters when first asked for."""
+        return {key: value for key, value in self.__dict__.items() if key != "_prepared"}
+
     @property
     def num_classes(self) -> int:
         """Number of classes, C."""
@@ -132,6 +136,27 @@ class Mixture:
         """Find the most probable class; (N, D) -> (N,) names, or codes where there are no names."""
         codes: Array = np.argmax(self.class_log_prob(x), axis=1)
         return codes if self.class_names is None else np.array(self.class_names).take(codes)
+
+    def affine(self, scale: ArrayLike, shift: ArrayLike) -> Mixture:
+        """Return, in float64, the mixture of x * scale + shift when x follows this one.
+
+        Undoes a standardisation: log-densities then include its Jacobian. `scale` (D,) is not zero,
+        `shift` (D,).
+        """
+        scale, shift = np.asarray(scale, np.float64), np.asarray(shift, np.float64)
+        return replace(
+            self,
+            means=self.means * scale + shift,
+            loadings=self.loadings * scale[:, None],
+            log_noise=self.log_noise + 2.0 * np.log(np.abs(scale)),
+        )
+
+    def classes(self, indices: ArrayLike) -> Mixture:
+        """Return the mixture of some of the classes, in the order of `indices`."""
+        rows = np.asarray(indices)
+        arrays = {name: getattr(self, name)[rows] for name in PARAMETERS}
+        names = self.class_names and tuple(self.class_names[i] for i in rows)
+        return replace(self, **arrays, class_names=names)
 
     def sample(self, rng: np.random.Generator, n: int) -> Array:
         """Draw n examples, shape (n, D); ConfigError where `rng` or `n` is unfit."""

@@ -175,9 +175,15 @@ def check_length(y: npt.NDArray[Any], n: int, *, name: str = "y") -> None:
 
 
 def whole_labels(
-    y: npt.NDArray[Any], *, name: str = "y", row: Callable[[int], str] = row_words
+    y: npt.NDArray[Any],
+    *,
+    name: str = "y",
+    row: Callable[[int], str] = row_words,
+    least: int = 0,
 ) -> npt.NDArray[np.int64]:
     """Return numeric labels (N,) as int64, refusing gaps: missing, fractional, or negative ones.
+
+    `least` is the lowest label: -1 where that marks those not known.
 
     Raises:
         DataError: NaN or infinite, non-integer or negative labels, or a type that is no number.
@@ -199,7 +205,8 @@ def whole_labels(
         )
     elif y.dtype.kind == "u":
         refuse(y > np.iinfo(np.int64).max, y, name, row, "labels below 2**63", "renumber them")
-    refuse(y < 0, y, name, row, "labels >= 0", "drop those rows if this marks a missing label")
+    remedy = "mark missing ones as -1" if least else "drop those rows if this marks a missing label"
+    refuse(y < least, y, name, row, f"labels >= {least}", remedy)
     return y.astype(np.int64, copy=False)
 
 
@@ -227,6 +234,7 @@ def check_labels(
     name: str = "y",
     num_classes: int | None = None,
     require_all: bool = False,
+    unknown: bool = False,
 ) -> npt.NDArray[np.int64]:
     """Check class codes 0..C-1 and return them as int64.
 
@@ -237,6 +245,7 @@ def check_labels(
         num_classes: C, where it is known (a model's). Without it the labels themselves define the
             classes, and each of 0..max(y) must occur.
         require_all: every one of the `num_classes` must occur (a part to train on).
+        unknown: whether -1 may stand where the class is not known.
 
     Returns:
         `y` as int64, (N,).
@@ -251,7 +260,7 @@ def check_labels(
     """
     array = np.asarray(y)
     check_length(array, n, name=name)
-    codes = whole_labels(array, name=name)
+    codes = whole_labels(array, name=name, least=-1 if unknown else 0)
     if num_classes is not None:
         refuse(
             codes >= num_classes,
@@ -262,7 +271,12 @@ def check_labels(
             "build the model with more classes, or renumber the labels",
         )
     if n and (require_all or num_classes is None):
-        present = np.unique(codes)
+        present = np.unique(codes[codes >= 0])
+        if not len(present):
+            raise DataError(
+                f"`{name}` must hold the class of some example; got -1 (unknown) {n} times; "
+                "leave the labels out to cluster."
+            )
         total = int(present[-1]) + 1 if num_classes is None else num_classes
         if len(present) < total:
             # The first absent code, found without a table of `total` entries: y may hold 10**12.

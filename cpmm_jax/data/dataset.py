@@ -30,6 +30,8 @@ class Dataset:
         feature_names: names of the D columns.
         event_shape: shape of one example before it was flattened, (8, 8) for digits; its product
             is D.
+        weight_train: how much each training example counts, (N,), or None where all count alike.
+        weight_valid: the same for validation.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Dataset:
     class_names: tuple[str, ...] | None = None
     feature_names: tuple[str, ...] | None = None
     event_shape: tuple[int, ...] | None = None
+    weight_train: npt.NDArray[np.float64] | None = None
+    weight_valid: npt.NDArray[np.float64] | None = None
 
     @property
     def dim(self) -> int:
@@ -122,8 +126,12 @@ def split(
         rows, rest = rest[taken], rest[~taken]
         found[f"x_{part}"] = dataset.x_train[rows]
         found[f"y_{part}"] = None if dataset.y_train is None else labels[rows]
+        if part == "valid" and dataset.weight_train is not None:
+            found["weight_valid"] = dataset.weight_train[rows]
     if not found:
         return dataset
+    if dataset.weight_train is not None:
+        found["weight_train"] = dataset.weight_train[rest]
     found["x_train"] = dataset.x_train[rest]
     found["y_train"] = None if dataset.y_train is None else labels[rest]
     return replace(dataset, **found)

@@ -40,7 +40,13 @@ class Standardizer:
     resolution: _Vector
 
     @classmethod
-    def fit(cls, x: npt.ArrayLike, *, names: Sequence[str] | None = None) -> Standardizer:
+    def fit(
+        cls,
+        x: npt.ArrayLike,
+        *,
+        names: Sequence[str] | None = None,
+        weight: npt.NDArray[np.float64] | None = None,
+    ) -> Standardizer:
         """Measure shift, scale and resolution of training examples.
 
         A column with fewer distinct values than half its rows is taken to be recorded on a grid;
@@ -50,6 +56,7 @@ class Standardizer:
         Args:
             x: training examples, (N, D).
             names: names of the columns, for the warnings.
+            weight: for how many rows each example stands, positive, (N,); None for one.
 
         Raises:
             DataError: see `check_examples`; or values too large for float64 sums.
@@ -60,6 +67,7 @@ class Standardizer:
         x = check_examples(x)
         dim = x.shape[1]
         label = list(names) if names is not None else [f"column {j}" for j in range(dim)]
+        total = len(x) if weight is None else max(len(x), float(weight.sum()))
         rounding = 8 * float(np.finfo(x.dtype).eps)
         shift, scale, resolution = np.zeros(dim), np.ones(dim), np.zeros(dim)
         constant = np.zeros(dim, np.bool_)
@@ -70,8 +78,8 @@ class Standardizer:
             if constant[j]:
                 shift[j], resolution[j] = values[0], 1.0
                 continue
-            shift[j], scale[j] = _moments(column, label[j])
-            if len(values) < len(column) / 2:
+            shift[j], scale[j] = _moments(column, label[j], weight)
+            if len(values) < total / 2:
                 gaps = np.diff(values)
                 gaps = gaps[gaps > rounding * max(-values[0], values[-1])]
                 resolution[j] = gaps.min() if len(gaps) else 0.0
@@ -149,16 +157,20 @@ class Standardizer:
         return np.clip((self.resolution / self.scale) ** 2 / 12.0, least, most)
 
 
-def _moments(column: _Vector, name: str) -> tuple[float, float]:
+def _moments(column: _Vector, name: str, weight: _Vector | None) -> tuple[float, float]:
     """Return mean and standard deviation by two passes; the variance is never E[x^2] - mean^2."""
+
+    def average(values: _Vector) -> float:
+        return float(values.mean() if weight is None else np.average(values, weights=weight))
+
     with np.errstate(over="ignore", invalid="ignore"):
-        mean = float(column.mean())
+        mean = average(column)
         centred = column - mean
-        mean += float(centred.mean())  # takes out the rounding of the first pass
+        mean += average(centred)  # takes out the rounding of the first pass
         centred = column - mean
         # Relative to the largest deviation, the squares neither overflow nor underflow.
         spread = float(np.abs(centred).max())
-        std = spread * float(np.sqrt(np.mean((centred / spread) ** 2))) if spread > 0 else 0.0
+        std = spread * float(np.sqrt(average((centred / spread) ** 2))) if spread > 0 else 0.0
     if not (np.isfinite(mean) and np.isfinite(std) and std > 0):
         raise DataError(
             f"`x` must have columns whose mean and spread float64 can hold; got {name} with values "

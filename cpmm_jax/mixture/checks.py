@@ -73,3 +73,37 @@ def check_rows(
             f"`x` must have at least as many rows as components, {num_components}; got {len(rows)}."
         )
     return rows
+
+
+def check_weight(
+    weight: npt.ArrayLike | None, n: int, *, name: str = "sample_weight"
+) -> npt.NDArray[np.float64] | None:
+    """Return how much each of `n` examples counts, float64 (N,); None where all count alike.
+
+    Raises:
+        DataError: not numbers, another shape, a weight that is negative or not finite, or zeros
+            only.
+    """
+    if weight is None:
+        return None
+    array = np.asarray(weight)
+    if array.dtype.kind not in "fiub" or array.shape != (n,):
+        raise DataError(
+            f"`{name}` must hold one number for each of the {n} examples; got shape "
+            f"{array.shape} of {array.dtype}; leave it out where all count alike."
+        )
+    found = array.astype(np.float64)
+    bad = ~(np.isfinite(found) & (found >= 0))
+    if bad.any():
+        first = int(np.argmax(bad))
+        raise DataError(
+            f"`{name}` must be finite and not negative; got {found[first]:g} in row {first} "
+            f"(counting from 0; {np.count_nonzero(bad)} such weight(s)); "
+            "give 0 to examples that do not count."
+        )
+    if not found.any():
+        raise DataError(
+            f"`{name}` must be positive for some example; got zeros only; leave it out where all "
+            "count alike."
+        )
+    return found

@@ -21,15 +21,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from cpmm_jax.errors import ConfigError, DataError
-from cpmm_jax.mixture.checks import check_noise_floor, check_rows
+from cpmm_jax.mixture.checks import check_noise_floor, check_rows, check_weight
 from cpmm_jax.mixture.em_loops import BLOCK_ROWS, EMResult, exact_em, stepwise_em, stream_em
 from cpmm_jax.mixture.em_steps import Constraints
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.initialise import default_noise_floor, kmeans_start
 from cpmm_jax.mixture.mfa import MFA, check_parameters
 from cpmm_jax.mixture.moves import improve
+from cpmm_jax.mixture.padding import pad_rows
 
 Start = Callable[..., MFA]
+TURN = 5  # iterations between two looks at whose examples are whose, where labels are missing
 
 
 def fit_em(
@@ -99,19 +101,23 @@ def fit_em(
     _check_settings(tol, max_iter, n_init=n_init, chunk_size=chunk_size, batch_size=batch_size)
     if moves < 0:
         raise ConfigError(f"`moves` must be at least 0, a number of tries; got {moves}.")
-    weight = _check_weight(sample_weight, len(rows))
+    weight = check_weight(sample_weight, len(rows))
+    weight = np.ones(len(rows)) if weight is None else weight / weight[weight > 0].mean()
     centre = np.average(rows, axis=0, weights=weight)
     floor = default_noise_floor(rows) if noise_floor is None else noise_floor
     floor = check_noise_floor(floor, rows.shape[1])
     dtype = jax.dtypes.canonicalize_dtype(rows.dtype)
     centred = np.subtract(rows, centre, dtype=rows.dtype).astype(dtype, copy=False)
-    data = jnp.asarray(centred), jnp.asarray(weight, dtype)
+    weight = weight.astype(dtype)
+    if batch_size is None:
+        centred, weight = pad_rows(centred), pad_rows(weight)  # these weigh nothing
+    data = jnp.asarray(centred), jnp.asarray(weight)
     settings: Any = {"constraints": constraints, "max_iter": max_iter}
 
     def run(start: MFA, i: int = 0) -> EMResult:
         begin = _above_floor(start, floor)
         if batch_size is None:
-            size = min(chunk_size or BLOCK_ROWS, len(rows))
+            size = min(chunk_size or BLOCK_ROWS, len(centred))
             return exact_em(*data, begin, floor, tol, size=size, **settings)
         key, size = jax.random.key(seed * n_init + i), min(batch_size, len(rows))
         return stepwise_em(*data, begin, floor, tol, key, size=size, **settings)
@@ -144,21 +150,6 @@ def _moved(mixture: MFA, shift: npt.NDArray[Any]) -> MFA:
 def _above_floor(mixture: MFA, floor: npt.NDArray[Any]) -> MFA:
     noise = np.maximum(np.asarray(mixture.log_noise), np.log(floor))
     return mixture.replace(log_noise=noise)  # type: ignore[attr-defined, no-any-return]
-
-
-def _check_weight(weight: Any, num_rows: int) -> npt.NDArray[np.float64]:
-    """Return the weights, scaled to a mean of one over the examples that count."""
-    if weight is None:
-        return np.ones(num_rows)
-    weight = np.asarray(weight, np.float64)
-    if weight.shape != (num_rows,) or not np.all(weight >= 0) or not np.isfinite(weight).all():
-        raise DataError(
-            f"`sample_weight` must be finite and not negative, shape ({num_rows},); "
-            f"got shape {weight.shape}, smallest {weight.min() if weight.size else None}."
-        )
-    if not weight.any():
-        raise DataError("`sample_weight` must be positive for some example; got zeros only.")
-    return weight / weight[weight > 0].mean()  # type: ignore[no-any-return]
 
 
 def _check_settings(tol: float, max_iter: int, **counts: int | None) -> None:
@@ -244,6 +235,7 @@ def polish(
     *,
     max_iter: int = 10,
     tol: float = 1e-4,
+    sample_weight: Float[ArrayLike, " N"] | None = None,
 ) -> Mixture:
     """Improve a fitted mixture, an extracted CPMM say, by some iterations of EM.
 
@@ -253,41 +245,71 @@ def polish(
     Args:
         mixture: where to begin.
         x: training examples, shape (N, D), in the units of `mixture`.
-        y: class codes, shape (N,), for a `HierarchicalMFA` whose classes are those of the labels:
-            each is then fitted to its own examples. None to fit p(x).
+        y: class codes, shape (N,), -1 where not known, for a `HierarchicalMFA` whose classes are
+            those of the labels: each is fitted to its own examples, and to the others by the
+            probability that they are its. None to fit p(x).
         max_iter: most iterations.
         tol: gain in nats below which to stop.
+        sample_weight: how much each example counts, shape (N,); only ratios matter.
 
     Returns:
         A mixture of the same shape.
 
     Raises:
-        DataError: examples or labels of the wrong shape.
+        DataError: examples, labels or weights of the wrong shape.
         ConfigError: labels for a mixture without classes.
     """
     if isinstance(mixture, MFA):
         if y is not None:
             raise ConfigError("`y` must be None for an `MFA`, which has no classes; got labels.")
-        return _polished(mixture, x, None, max_iter, tol)
+        return _polished(mixture, x, sample_weight, max_iter, tol)
     if y is None:
-        flat = _polished(mixture.flatten(), x, None, max_iter, tol)
+        flat = _polished(mixture.flatten(), x, sample_weight, max_iter, tol)
         by_class = flat.logits.reshape(mixture.num_classes, -1)
         components = jax.tree.map(lambda new, old: new.reshape(old.shape), flat, mixture.components)
         return HierarchicalMFA(jax.nn.logsumexp(by_class, axis=1), components)
     rows, labels = np.asarray(x), np.asarray(y)
-    counts = np.bincount(labels, minlength=mixture.num_classes)
-    if labels.shape != rows.shape[:1] or len(counts) != mixture.num_classes:
+    if labels.shape != rows.shape[:1] or labels.max() >= mixture.num_classes:
         raise DataError(
             f"`y` must be class codes below {mixture.num_classes}, shape ({len(rows)},); "
             f"got shape {labels.shape}, largest {labels.max()}."
         )
+    weight = check_weight(sample_weight, len(rows))
+    weight = np.ones(len(rows)) if weight is None else weight
+    turn = max_iter if labels.min() >= 0 else TURN
+    for done in range(0, max_iter, turn):
+        mixture = _polished_classes(mixture, rows, labels, weight, min(turn, max_iter - done), tol)
+    return mixture
+
+
+def _polished_classes(
+    mixture: HierarchicalMFA,
+    rows: npt.NDArray[Any],
+    labels: npt.NDArray[Any],
+    weight: npt.NDArray[np.float64],
+    max_iter: int,
+    tol: float,
+) -> HierarchicalMFA:
+    """Polish every class on its share of the examples.
+
+    With the shares held, the sum over classes of the share of log p(x, c) bounds the likelihood
+    from below up to a constant, so that raising it raises the likelihood: a step of EM in which the
+    classes are the hidden variables.
+    """
+    shares: npt.NDArray[np.float64] = np.asarray(
+        jax.nn.one_hot(labels, mixture.num_classes), np.float64
+    )
+    if labels.min() < 0:
+        unknown = labels < 0
+        shares[unknown] = np.asarray(mixture.predict_proba(rows))[unknown]
+    shares *= weight[:, None]
     parts = []
     for c in range(mixture.num_classes):
-        part = mixture.class_mixture(c)
-        own = (labels == c).astype(np.float64)  # the others weigh nothing: one compiled program
-        parts.append(_polished(part, rows, own, max_iter, tol) if counts[c] else part)
+        part = mixture.class_mixture(c)  # the rows of others weigh nothing: one compiled program
+        own = shares[:, c]
+        parts.append(_polished(part, rows, own, max_iter, tol) if own.any() else part)
     components = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-    logits = jnp.log(jnp.maximum(jnp.asarray(counts / len(rows)), 1e-30))
+    logits = jnp.log(jnp.maximum(jnp.asarray(shares.sum(axis=0) / weight.sum()), 1e-30))
     return HierarchicalMFA(logits.astype(components.means.dtype), components)
 
 

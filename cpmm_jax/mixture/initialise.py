@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from cpmm_jax.mixture.checks import check_rows
 from cpmm_jax.mixture.density import map_blocks
 from cpmm_jax.mixture.mfa import MFA
+from cpmm_jax.mixture.padding import pad_rows
 
 FLOOR = 1e-4  # of a feature's variance: the least noise variance of a component
 ROUNDS = 30  # of k-means, at most
@@ -156,28 +157,36 @@ def kmeans(
     rows = np.asarray(x)
     dtype = jax.dtypes.canonicalize_dtype(rows.dtype)
     centre = rows.mean(axis=0)
-    centred = jnp.asarray(rows - centre, dtype)
+    centred = (rows - centre).astype(dtype)
+    every = jnp.asarray(pad_rows(centred))
+    count = jnp.int32(len(rows))
     rng = np.random.default_rng(seed)
     sample = min(len(rows), SEED_ROWS * num_clusters)
     best: Any = None
     for key in jax.random.split(jax.random.key(seed), restarts):
-        seeds = centred if sample == len(rows) else centred[rng.choice(len(rows), sample, False)]
-        found = _lloyd(centred, _plus_plus(key, seeds, num_clusters))
+        seeds, own = every, count
+        if sample < len(rows):
+            own = jnp.int32(sample)
+            seeds = jnp.asarray(pad_rows(centred[rng.choice(len(rows), sample, False)]))
+        found = _lloyd(every, count, _plus_plus(key, seeds, own, num_clusters))
         if best is None or float(found[2]) < float(best[2]):
             best = found
-    centres, labels = np.asarray(best[0]), np.asarray(best[1]).copy()
+    centres, labels = np.asarray(best[0]), np.asarray(best[1])[: len(rows)].copy()
     for k in np.setdiff1d(np.arange(num_clusters), labels):
         # As where examples recur: an example of the largest cluster, whichever is farthest out.
         largest = np.flatnonzero(labels == np.argmax(np.bincount(labels)))
-        distance = np.sum((np.asarray(centred)[largest] - centres[labels[largest[0]]]) ** 2, axis=1)
+        distance = np.sum((centred[largest] - centres[labels[largest[0]]]) ** 2, axis=1)
         labels[largest[np.argmax(distance)]] = k
     return centres + centre, labels
 
 
-@partial(jax.jit, static_argnums=2)
-def _plus_plus(key: Array, x: Float[Array, "N D"], num_clusters: int) -> Float[Array, "K D"]:
+@partial(jax.jit, static_argnums=3)
+def _plus_plus(
+    key: Array, x: Float[Array, "N D"], count: Int[Array, ""], num_clusters: int
+) -> Float[Array, "K D"]:
     """Draw centres, each with probability proportional to the squared distance to the nearest."""
-    first = x[jax.random.randint(key, (), 0, x.shape[0])]
+    first = x[jax.random.randint(key, (), 0, count)]
+    real = jnp.arange(x.shape[0]) < count
     centres = jnp.broadcast_to(first, (num_clusters, x.shape[1]))
 
     def choose(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -187,16 +196,17 @@ def _plus_plus(key: Array, x: Float[Array, "N D"], num_clusters: int) -> Float[A
         distance = jnp.sum((x - centre[None, :]) ** 2, axis=1)
         return centres.at[k].set(centre), jnp.minimum(nearest, distance)
 
-    nearest = jnp.sum((x - first[None, :]) ** 2, axis=1)
+    nearest = jnp.where(real, jnp.sum((x - first[None, :]) ** 2, axis=1), 0.0)
     return jax.lax.fori_loop(1, num_clusters, choose, (centres, nearest))[0]
 
 
 @jax.jit
 @jax.default_matmul_precision("float32")
 def _lloyd(
-    x: Float[Array, "N D"], centres: Float[Array, "K D"]
+    x: Float[Array, "N D"], count: Int[Array, ""], centres: Float[Array, "K D"]
 ) -> tuple[Float[Array, "K D"], Int[Array, " N"], Float[Array, ""]]:
     num_clusters = centres.shape[0]
+    real = (jnp.arange(x.shape[0]) < count).astype(x.dtype)
 
     def assign(centres: Array) -> tuple[Array, Array]:
         def block(rows: Array) -> tuple[Array, Array]:
@@ -206,13 +216,13 @@ def _lloyd(
             )
 
         labels, distances = map_blocks(block, x, BLOCK_ROWS)
-        return labels, jnp.sum(distances)
+        return labels, jnp.sum(real * distances)
 
     def update(carry: Any) -> Any:
         i, centres, labels, inertia, _ = carry
-        counts = jnp.bincount(labels, length=num_clusters)
-        sums = jax.ops.segment_sum(x, labels, num_clusters)
-        fresh = sums / jnp.maximum(counts, 1)[:, None].astype(x.dtype)
+        counts = jnp.bincount(labels, real, length=num_clusters)
+        sums = jax.ops.segment_sum(x * real[:, None], labels, num_clusters)
+        fresh = sums / jnp.maximum(counts, 1)[:, None]
         centres = jnp.where((counts > 0)[:, None], fresh, centres)
         labels, better = assign(centres)
         return i + 1, centres, labels, better, inertia - better

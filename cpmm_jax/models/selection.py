@@ -15,6 +15,7 @@ from cpmm_jax.errors import ConfigError
 from cpmm_jax.mixture.em import polish
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.mfa import MFA
+from cpmm_jax.mixture.padding import pad_rows
 from cpmm_jax.models.cpmm import CPMM
 
 NUM_TIMES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -77,12 +78,17 @@ def choose_num_times(
 Mixture = TypeVar("Mixture", MFA, HierarchicalMFA)
 
 
-def _score(mixture: MFA | HierarchicalMFA, x: Any, y: Any) -> float:
-    """Return the mean of log p(x, y), or of log p(x) without labels."""
+def _score(mixture: MFA | HierarchicalMFA, x: Any, y: Any, weight: Any = None) -> float:
+    """Return the weighted mean of log p(x, y), or of log p(x) where y is not known."""
+    rows = np.asarray(x)
+    padded = pad_rows(rows)  # compiled once for all small sets
     if y is None or isinstance(mixture, MFA):
-        return float(np.mean(np.asarray(mixture.log_prob(x))))
-    joint = np.asarray(mixture.class_log_prob(x))
-    return float(np.mean(np.take_along_axis(joint, np.asarray(y)[:, None], axis=1)))
+        log_prob = np.asarray(mixture.log_prob(padded))[: len(rows)]
+        return float(np.average(log_prob, weights=weight))
+    joint, labels = np.asarray(mixture.class_log_prob(padded))[: len(rows)], np.asarray(y)
+    known = np.take_along_axis(joint, np.maximum(labels, 0)[:, None], axis=1)[:, 0]
+    log_prob = np.where(labels < 0, np.logaddexp.reduce(joint, axis=1), known)
+    return float(np.average(log_prob, weights=weight))
 
 
 class Polished(NamedTuple):
@@ -106,6 +112,8 @@ def polish_by_validation(
     *,
     x_valid: Float[ArrayLike, "M D"],
     y_valid: Int[ArrayLike, " M"] | None = None,
+    sample_weight: Float[ArrayLike, " N"] | None = None,
+    weight_valid: Float[ArrayLike, " M"] | None = None,
     rounds: Sequence[int] = ROUNDS,
 ) -> Polished:
     """Polish an extracted mixture by EM, and stop where validation is best.
@@ -119,6 +127,8 @@ def polish_by_validation(
         y: class codes, or None; see `polish`.
         x_valid: validation examples, shape (M, D).
         y_valid: their class codes, given where `y` is.
+        sample_weight: how much each training example counts, shape (N,).
+        weight_valid: the same of the validation examples, (M,).
         rounds: numbers of iterations to try, from few to many, as long as the score rises.
 
     Returns:
@@ -134,9 +144,10 @@ def polish_by_validation(
     done = 0
     for count in sorted(rounds):
         if count > done:
-            mixture = polish(mixture, x, y, max_iter=count - done, tol=0.0)
+            more: Any = {"max_iter": count - done, "tol": 0.0, "sample_weight": sample_weight}
+            mixture = polish(mixture, x, y, **more)
         done = count
-        scores[count] = _score(mixture, x_valid, y_valid)
+        scores[count] = _score(mixture, x_valid, y_valid, weight_valid)
         if best is not None and scores[count] <= scores[best.rounds]:
             break
         best = Polished(mixture, count, scores)
@@ -163,6 +174,7 @@ def broaden_by_validation(
     x_valid: Float[ArrayLike, "M D"],
     y_valid: Int[ArrayLike, " M"] | None = None,
     *,
+    weight_valid: Float[ArrayLike, " M"] | None = None,
     noise: Sequence[float] = NOISE,
 ) -> Broadened:
     """Add noise to a fitted mixture, the same to every feature, as long as validation gains.
@@ -175,6 +187,7 @@ def broaden_by_validation(
         mixture: a mixture of standardised features.
         x_valid: validation examples, shape (M, D).
         y_valid: class codes, shape (M,), to compare by log p(x, y); None for log p(x).
+        weight_valid: how much each of them counts, shape (M,).
         noise: variances to try, from small to large, as long as the score rises.
 
     Returns:
@@ -185,10 +198,11 @@ def broaden_by_validation(
 
     Source: Parzen, "On estimation of a probability density function and mode" (1962).
     """
-    best: Broadened = Broadened(mixture, 0.0, {0.0: _score(mixture, x_valid, y_valid)})
+    start = _score(mixture, x_valid, y_valid, weight_valid)
+    best = Broadened(mixture, 0.0, {0.0: start})
     for variance in sorted(noise):
         broad = mixture.with_noise(variance)
-        best.scores[variance] = _score(broad, x_valid, y_valid)
+        best.scores[variance] = _score(broad, x_valid, y_valid, weight_valid)
         if best.scores[variance] <= best.scores[best.noise]:
             break
         best = best._replace(mixture=broad, noise=variance)

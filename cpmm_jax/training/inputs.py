@@ -14,6 +14,7 @@ from flax import nnx
 from cpmm_jax.data.checks import check_enough_rows, check_examples, check_labels
 from cpmm_jax.data.dataset import Dataset, split
 from cpmm_jax.errors import ConfigError, DataError
+from cpmm_jax.mixture.checks import check_weight
 from cpmm_jax.training.config import TrainConfig
 from cpmm_jax.training.step import Examples
 
@@ -68,6 +69,8 @@ def prepare(
     x_valid: npt.ArrayLike | None,
     y_valid: npt.ArrayLike | None,
     config: TrainConfig,
+    weight: npt.ArrayLike | None = None,
+    weight_valid: npt.ArrayLike | None = None,
 ) -> Data:
     """Check the data, set a validation part aside, and move both parts to the device.
 
@@ -75,7 +78,7 @@ def prepare(
         Training and validation examples in the dtype of the parameters.
 
     Raises:
-        DataError: see `check_examples`, `check_labels`, `check_enough_rows`.
+        DataError: see `check_examples`, `check_labels`, `check_weight`, `check_enough_rows`.
         ConfigError: arguments that do not fit each other.
     """
     if (y_valid is not None) != (x_valid is not None and y is not None):
@@ -86,16 +89,21 @@ def prepare(
         )
     dtype = jnp.result_type(*jax.tree.leaves(params))
     data = Dataset("x", *_checked(model, dtype, x, y, "x", "y"))
+    own = check_weight(weight, len(data.x_train))
+    data = replace(data, weight_train=own)
     if x_valid is not None:
         part = _checked(model, dtype, x_valid, y_valid, "x_valid", "y_valid")
-        data = replace(data, x_valid=part[0], y_valid=part[1])
+        own = check_weight(weight_valid, len(part[0]), name="weight_valid")
+        data = replace(data, x_valid=part[0], y_valid=part[1], weight_valid=own)
     else:
         cut = config.valid_fraction
         data = split(data, seed=config.seed, valid_fraction=cut, test_fraction=0.0)
     check_enough_rows(
         len(data.x_train), model.num_classes * model.num_trajectories * config.num_times
     )
-    valid = None if data.x_valid is None else _on_device(data.x_valid, data.y_valid)
+    valid = None
+    if data.x_valid is not None:
+        valid = _on_device(dtype, data.x_valid, data.y_valid, data.weight_valid)
     if valid is None and config.patience is not None:
         raise ConfigError(
             f"`patience` must come with a validation part; got patience {config.patience} and "
@@ -103,9 +111,9 @@ def prepare(
         )
     num_examples = len(data.x_train)
     padding = padded_size(num_examples) - num_examples
-    x_train = np.pad(data.x_train, [(0, padding), (0, 0)])
-    y_train = None if data.y_train is None else np.pad(data.y_train, (0, padding))
-    return Data(_on_device(x_train, y_train), num_examples, valid)
+    parts = (data.x_train, data.y_train, data.weight_train)
+    padded = [None if a is None else np.pad(a, [(0, padding), (0, 0)][: a.ndim]) for a in parts]
+    return Data(_on_device(dtype, *padded), num_examples, valid)
 
 
 def padded_size(num_examples: int) -> int:
@@ -120,8 +128,17 @@ def padded_size(num_examples: int) -> int:
     return -(-num_examples // step) * step
 
 
-def _on_device(x: npt.NDArray[Any], y: npt.NDArray[np.int64] | None) -> Examples:
-    return Examples(jnp.asarray(x), None if y is None else jnp.asarray(y.astype(np.int32)))
+def _on_device(
+    dtype: Any,
+    x: Any,
+    y: npt.NDArray[np.int64] | None,
+    weight: npt.NDArray[np.float64] | None,
+) -> Examples:
+    return Examples(
+        jnp.asarray(x),
+        None if y is None else jnp.asarray(y.astype(np.int32)),
+        None if weight is None else jnp.asarray(weight / weight.mean(), dtype),
+    )
 
 
 def _given(**arguments: Any) -> str:
@@ -155,6 +172,7 @@ def _checked(
         name=y_name,
         num_classes=model.num_classes if several else None,
         require_all=y_name == "y",
+        unknown=True,
     )
     if not several and codes.max() > 0:
         raise ConfigError(

@@ -76,6 +76,16 @@ class FitResult:
     compile_seconds: float
     stopped: Ending
 
+    @property
+    def converged(self) -> bool:
+        """Whether the last tenth of the steps gained less than 0.01 nats, by validation if any."""
+        best = self.best_score
+        if best is None:
+            return True
+        before = 0.9 * self.steps
+        scores = [r["valid_log_likelihood"] for r in self.history if r["step"] <= before]
+        return max((s for s in scores if s is not None), default=-math.inf) > best - 0.01
+
 
 def fit(
     model: Any,
@@ -86,13 +96,15 @@ def fit(
     curriculum: Curriculum = NoCurriculum(),  # noqa: B008
     x_valid: npt.ArrayLike | None = None,
     y_valid: npt.ArrayLike | None = None,
+    sample_weight: npt.ArrayLike | None = None,
+    weight_valid: npt.ArrayLike | None = None,
     optimizer: optax.GradientTransformation | None = None,
     metrics_path: str | Path | None = None,
     progress: bool | None = None,
     callback: Callable[[Report], None] | None = None,
     stage_callback: Callable[[float, Any], None] | None = None,
 ) -> FitResult:
-    """Fit a model by maximum likelihood: of p(x, y) with labels, of p(x) without.
+    """Fit a model by maximum likelihood: of p(x, y) where y is known, of p(x) where it is not.
 
     The data are taken in the units given (standardise them first). `model` itself is not changed;
     only its `nnx.Param` leaves are trained. The same seed on the same machine gives the same
@@ -109,11 +121,14 @@ def fit(
     Args:
         model: a `flax.nnx.Module` with `read(times)`, such as `CPMM`.
         x: training examples, shape (N, D).
-        y: class codes 0..C-1, shape (N,); None to train without labels (clustering where C > 1).
+        y: class codes 0..C-1, shape (N,), -1 where the class is not known; None to train without
+            labels (clustering where C > 1).
         config: settings; the defaults if None.
         curriculum: a map towards a Gaussian, along which to train first.
         x_valid: validation examples; None to set `config.valid_fraction` of the rows aside.
         y_valid: their labels, where `y` is given.
+        sample_weight: how much each training example counts, shape (N,); only ratios matter.
+        weight_valid: the same of the validation examples.
         optimizer: any optax transformation; None for Adam as described by `config`.
         metrics_path: a new file for the reports, one JSON object per line.
         progress: True or False to show a progress bar or not; None to show it on a terminal.
@@ -137,7 +152,7 @@ def fit(
     config = TrainConfig() if config is None else config
     config.check()
     parts = take_apart(model)
-    data = prepare(model, parts.params, x, y, x_valid, y_valid, config)
+    data = prepare(model, parts.params, x, y, x_valid, y_valid, config, sample_weight, weight_valid)
     check_curriculum(curriculum, data.train.x.shape[1])
     with MetricsFile(metrics_path) as metrics, ProgressBar(config.steps, shown=progress) as bar:
         run = _Run(parts, data, config, curriculum, optimizer, start)

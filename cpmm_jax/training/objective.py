@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -50,24 +51,31 @@ def negative_log_likelihood(
     times: Float[Array, " T"],
     x: Float[Array, "N D"],
     y: Int[Array, " N"] | None = None,
+    weight: Float[Array, " N"] | None = None,
 ) -> tuple[Float[Array, ""], Diagnostics]:
-    """Compute the mean of -log p(x, y), or of -log p(x) where there are no labels.
+    """Compute the mean of -log p(x, y), or of -log p(x) where there is no label.
 
     Args:
         model: answers `read(times)`.
         times: pseudotimes in [0, 1], shape (T,).
         x: examples, shape (N, D).
-        y: class codes, shape (N,), or None.
+        y: class codes, shape (N,), -1 where the class is not known; None where none is.
+        weight: how much each example counts, shape (N,), one on average over all data; None for
+            all alike.
 
     Returns:
         The loss in nats per example, and the diagnostics of the solve.
 
-    Source: CPMM paper, Eq. 5 (without labels) and section 3.2 (with labels).
+    Source: CPMM paper, Eq. 5 (without labels) and section 3.2 (with labels; those not known
+    are summed out).
     """
     reading = model.read(times)
     if y is None:
         log_prob = reading.mixture.log_prob(x)
     else:
         joint = reading.mixture.class_log_prob(x)
-        log_prob = jnp.take_along_axis(joint, y[:, None], axis=1)
+        known = jnp.take_along_axis(joint, jnp.maximum(y, 0)[:, None], axis=1)[:, 0]
+        log_prob = jnp.where(y < 0, jax.nn.logsumexp(joint, axis=1), known)
+    if weight is not None:
+        log_prob = weight * log_prob
     return -jnp.mean(log_prob), Diagnostics(reading.num_steps, reading.result)

@@ -41,10 +41,17 @@ class Plan(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Examples on the device: x (N, D), and y (N,) int32 or None; N counts padding rows too."""
+    """Examples on the device; N counts padding rows too.
+
+    Attributes:
+        x: shape (N, D).
+        y: class codes, shape (N,), -1 where unknown; or None.
+        weight: how much each counts, shape (N,), one on average; None where all count alike.
+    """
 
     x: Float[Array, "N D"]
     y: Int[Array, " N"] | None
+    weight: Float[Array, " N"] | None = None
 
 
 class Settings(NamedTuple):
@@ -99,7 +106,7 @@ def training_step(
 
     def objective(params: Any) -> Any:
         model = nnx.merge(plan.graphdef, params, fixed)
-        return negative_log_likelihood(model, times, batch.x, batch.y)
+        return negative_log_likelihood(model, times, *batch)
 
     (loss, solve), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
     return advance(plan.optimizer, settings.schedule, state, loss, solve, grads)
@@ -129,9 +136,9 @@ def validation_score(
     """Compute the mean log-likelihood of the mixture on the uniform grid of T pseudotimes.
 
     Returns:
-        Mean of log p(x, y), without labels of log p(x), in nats; NaN if the solve failed.
+        Mean of log p(x, y), of log p(x) where y is unknown, in nats; NaN if the solve failed.
     """
     model = nnx.merge(graphdef, params, fixed)
     times = GridTimes()(jax.random.key(0), num_times)
-    loss, solve = negative_log_likelihood(model, times, valid.x, valid.y)
+    loss, solve = negative_log_likelihood(model, times, *valid)
     return jnp.where(solve.ok, -loss, jnp.nan)

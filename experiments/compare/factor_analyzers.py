@@ -13,7 +13,8 @@ import cpmm_jax as cpmm
 from cpmm_jax.mixture.em import fit_em
 from cpmm_jax.mixture.initialise import kmeans_start, random_start
 from cpmm_jax.models.direct import DirectMFA
-from cpmm_jax.pipeline import TAIL_NOISE, fit_mixture
+from cpmm_jax.models.selection import broaden_by_validation
+from cpmm_jax.pipeline import EM_MOVES, EM_STARTS, TAIL_NOISE, fit_mixture
 from cpmm_jax.recipe import Recipe, recommend
 from experiments.compare.methods import Rows, Size, component_counts
 from experiments.compare.search import Axes, Budget, Choice, Density, Fitted, search
@@ -29,6 +30,7 @@ class EMMixture:
     """A mixture of factor analyzers by EM, the likeliest of ten starts at k-means centres."""
 
     size: Size | None = None
+    moved: bool = False  # components too, and noise added while validation gains, as in the recipe
 
     def fit(self, data: Rows, seed: int, budget: Budget) -> Fitted:
         """Return the best candidate."""
@@ -41,11 +43,15 @@ class EMMixture:
             choice["components"],
             choice["rank"],
             start=kmeans_start,
-            n_init=STARTS,
+            n_init=EM_STARTS if self.moved else STARTS,
+            moves=EM_MOVES if self.moved else 0,
             noise_floor=choice["noise_floor"],
             seed=seed,
         )
-        return _density(found.mixture, data, tails=self.size is None)
+        mixture = found.mixture
+        if self.moved:
+            mixture = broaden_by_validation(mixture, data.x_valid).mixture
+        return _density(mixture, data, tails=self.size is None)
 
 
 @dataclass(frozen=True)
@@ -123,11 +129,8 @@ class ContinuousMixture:
         return axes, start
 
     def _fit(self, data: Rows, seed: int, choice: Choice) -> Density:
-        sizes = dict(choice)
-        local = sizes.pop("local_start")
-        recipe = recommend(*data.x_train.shape, **sizes, steps=self.steps, seed=seed)
-        divisions = recipe.divisions if local else ()  # of the mixtures that local starts come from
-        recipe = replace(recipe, divisions=divisions, local_start=local, polish=self.polished)
+        recipe = recommend(*data.x_train.shape, **choice, steps=self.steps, seed=seed)
+        recipe = replace(recipe, polish=self.polished)
         return fit_recipe(data, recipe, tails=self.size is None)
 
 

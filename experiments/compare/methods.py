@@ -13,9 +13,10 @@ from experiments.compare.cells import Cell
 from experiments.compare.search import Budget, Fitted
 
 SKLEARN = ("sklearn_full", "sklearn_tied", "sklearn_diag")
-DIRECT = (*SKLEARN, "sklearn_best", "em_mfa", "direct_kmeans", "direct_random")
-SIZED = ("sklearn_full", "em_mfa", "direct_kmeans", "direct_random", "cpmm", "cpmm_polish")
-METHODS = (*SKLEARN, "em_mfa", "direct_kmeans", "direct_random", "cpmm", "cpmm_polish", "flow")
+FREE = ("em_mfa", "em_moves", "direct_kmeans", "direct_random")  # factor analyzers, no field
+DIRECT = (*SKLEARN, "sklearn_best", *FREE)
+SIZED = ("sklearn_full", *FREE, "cpmm", "cpmm_polish")
+METHODS = (*SKLEARN, *FREE, "cpmm", "cpmm_polish", "flow")
 PACKAGES = {name: "sklearn" for name in SKLEARN} | {"flow": "flowjax"}
 COMPONENTS = (1, 2, 5, 10, 20, 40, 80, 160, 320)
 
@@ -61,10 +62,10 @@ def make_method(cell: Cell) -> Method:
             from experiments.compare.gaussians import SklearnMixture
 
             return SklearnMixture(cell.method.removeprefix("sklearn_"), size)
-        case "em_mfa":
+        case "em_mfa" | "em_moves":
             from experiments.compare.factor_analyzers import EMMixture
 
-            return EMMixture(size)
+            return EMMixture(size, moved=cell.method == "em_moves")
         case "direct_kmeans" | "direct_random":
             from experiments.compare.factor_analyzers import DirectMixture
 

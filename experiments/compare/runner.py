@@ -11,6 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context, parent_process
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from experiments.compare.methods import Method
     from experiments.density_sets import DensitySet
 
-MakeMethod = Callable[[Cell], "Method"]
-Load = Callable[[str, int], "DensitySet"]  # name, seed
+MakeMethod = Callable[[Cell], Any]
+Load = Callable[[str, int], Any]  # name, seed
+Measure = Callable[[Cell, Any, Any], Record]  # cell, method, data
 
 ONE_THREAD = (
     "--xla_cpu_multi_thread_eigen=false",
@@ -35,7 +37,13 @@ ONE_THREAD = (
 
 
 def run_cells(
-    cells: Sequence[Cell], folder: Path, make_method: MakeMethod, load: Load, *, jobs: int = 1
+    cells: Sequence[Cell],
+    folder: Path,
+    make_method: MakeMethod,
+    load: Load,
+    *,
+    jobs: int = 1,
+    measure: Measure | None = None,
 ) -> None:
     """Run the cells that are not done, several at a time; failed ones are tried again.
 
@@ -49,13 +57,15 @@ def run_cells(
         make_method: returns a cell's method; called in a worker, so importable by name.
         load: returns a data set split by a seed; likewise.
         jobs: worker processes.
+        measure: fits a cell and returns its record, likewise; None for a density's.
     """
     from tqdm import tqdm
 
     pending = deque(cell for cell in cells if not is_done(read(folder, cell)))
     bar = tqdm(total=len(cells), initial=len(cells) - len(pending), unit="cell", disable=None)
     around = thread_limits(jobs) | compilation_cache(folder / "compiled")
-    idle = [Worker(make_method, load, around) for _ in range(min(jobs, len(pending)))]
+    work = partial(attempt, make_method=make_method, load=load, measure=measure or measure_density)
+    idle = [Worker(work, around) for _ in range(min(jobs, len(pending)))]
     busy: dict[Worker, Cell] = {}
     try:
         while pending or busy:
@@ -80,8 +90,8 @@ def run_cells(
 class Worker:
     """A process that runs one cell after another, and is replaced when it has died."""
 
-    def __init__(self, make_method: MakeMethod, load: Load, around: dict[str, str]) -> None:
-        self._arguments = make_method, load
+    def __init__(self, work: Callable[[Cell], Record], around: dict[str, str]) -> None:
+        self._work = work
         self._environment = around
         self._start()
 
@@ -89,7 +99,7 @@ class Worker:
         context = get_context("spawn")
         # Readable when a cell has ended.
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
         with environment(self._environment):
             self._process.start()
         theirs.close()  # held by the worker alone, so that its death is seen as an end of file
@@ -147,7 +157,7 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _serve(connection: Connection, make_method: MakeMethod, load: Load) -> None:
+def _serve(connection: Connection, work: Callable[[Cell], Record]) -> None:
     """Run the cells that come in, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -156,7 +166,7 @@ def _serve(connection: Connection, make_method: MakeMethod, load: Load) -> None:
             cell: Cell = connection.recv()
         except EOFError:
             return
-        connection.send(attempt(cell, make_method, load))
+        connection.send(work(cell))
 
 
 def _die_with_parent() -> None:
@@ -166,7 +176,7 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def attempt(cell: Cell, make_method: MakeMethod, load: Load) -> Record:
+def attempt(cell: Cell, make_method: MakeMethod, load: Load, measure: Measure) -> Record:
     """Return the record of a cell; whatever is raised becomes a failure with its reason."""
     from experiments.compare.search import one_line
 
@@ -178,7 +188,7 @@ def attempt(cell: Cell, make_method: MakeMethod, load: Load) -> Record:
         return cell.failed(one_line(error))
 
 
-def measure(cell: Cell, method: Method, data: DensitySet) -> Record:
+def measure_density(cell: Cell, method: Method, data: DensitySet) -> Record:
     """Fit one cell and return its record.
 
     Compiled programs are kept in the folder, so that the budget goes to fitting: a method pays once
@@ -227,4 +237,5 @@ def _outcome(record: Record) -> str:
     if not is_done(record):
         return f"failed, {record['error']}"
     metrics: dict[str, Any] = record["metrics"]
-    return f"{metrics['test_log_likelihood']:.3f} nats in {metrics['seconds']:.1f} s"
+    first = next(iter(metrics))
+    return f"{first} {metrics[first]:.3f} in {metrics['seconds']:.1f} s"

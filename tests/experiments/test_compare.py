@@ -19,7 +19,7 @@ from experiments.compare import cells as cell_files
 from experiments.compare.__main__ import main
 from experiments.compare.cells import Cell, is_done, read, write
 from experiments.compare.methods import Rows
-from experiments.compare.runner import environment, measure, thread_limits
+from experiments.compare.runner import environment, measure_density, thread_limits
 from experiments.compare.search import Budget, Fitted
 from experiments.density_sets import DensitySet
 from tests.experiments import stand_ins
@@ -151,7 +151,7 @@ def test_test_rows_are_seen_once_and_after_the_fit() -> None:
     plain = density_set("line", 0)
     data = Watched("line", plain.x_train, plain.x_valid, plain.x_test[:7], notes="")
     events.clear()
-    record = measure(Cell("line", "watching", 0, SETTINGS), Watching(), data)
+    record = measure_density(Cell("line", "watching", 0, SETTINGS), Watching(), data)
     assert record["rows"] == {"train": 60, "valid": 30, "test": 7}
     assert events[0] == ("fit", ("x_train", "x_valid"))
     assert events.count(("evaluated", 7)) == 1

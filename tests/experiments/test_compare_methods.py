@@ -90,8 +90,9 @@ def test_sklearn_parameters(covariance: str, expected: int) -> None:
     assert method.fit(fit_blobs("sklearn_diag")[1], 0, Budget(0.0)).num_parameters == expected
 
 
-def test_em_of_a_given_size() -> None:
-    found, rows = fit_blobs("em_mfa", size=2)
+@pytest.mark.parametrize("method", ["em_mfa", "em_moves"])
+def test_em_of_a_given_size(method: str) -> None:
+    found, rows = fit_blobs(method, size=2)
     assert found.settings == {"components": 2, "rank": 1, "noise_floor": 1e-4}
     assert np.shape(found.log_prob(rows.x_valid)) == (100,)
     assert found.num_parameters == 2 * 7

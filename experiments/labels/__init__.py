@@ -1,0 +1,1 @@
+"""Classes told apart with all, some or few labels, and found with none."""

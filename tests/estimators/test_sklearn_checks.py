@@ -1,0 +1,30 @@
+"""scikit-learn's own checks of an estimator, with no failure expected."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sklearn")
+
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import cpmm_jax as cpmm
+
+ESTIMATORS = [
+    cpmm.MFADensity(),
+    cpmm.MFAClassifier(),
+    cpmm.MFACluster(),
+    cpmm.CPMMDensity(max_iter=20),
+    cpmm.CPMMClassifier(max_iter=20),
+    cpmm.CPMMCluster(max_iter=20),
+]
+
+
+@parametrize_with_checks(ESTIMATORS)
+def test_checks(estimator: Any, check: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check(estimator)
