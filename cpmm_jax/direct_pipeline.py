@@ -226,7 +226,8 @@ class _Path:
 
 def _apart(flat: MFA, num_classes: int) -> HierarchicalMFA:
     """Return a mixture as classes of equally many of its components."""
-    parts = jax.tree.map(lambda leaf: leaf.reshape(num_classes, -1, *leaf.shape[1:]), flat)
+    lead = (num_classes, flat.num_components // num_classes)
+    parts = jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), flat)
     return HierarchicalMFA(jax.nn.logsumexp(parts.logits, axis=1), parts)
 
 

@@ -124,6 +124,9 @@ def fit_mixture(
     floor = standardizer.noise_floor()
     data = Dataset("z", standardizer.transform(x_train), y_train, weight_train=weight)
     if x_valid is None:  # the rows that `fit` would take
+        read = recipe.num_classes * recipe.num_trajectories * recipe.num_times
+        if len(x_train) * (1 - config.valid_fraction) - 1 < read:  # none to spare
+            config = replace(config, valid_fraction=0.0, patience=None)
         cut = config.valid_fraction
         data = split(data, seed=recipe.seed, valid_fraction=cut, test_fraction=0.0)
     else:

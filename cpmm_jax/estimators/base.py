@@ -128,7 +128,7 @@ def in_units(fitted: Any) -> artifact.Mixture:
     return light.affine(standardizer.scale, standardizer.shift)
 
 
-class Density(Estimator, DensityMixin):  # type: ignore[misc]
+class Density(DensityMixin, Estimator):  # type: ignore[misc]
     """What tells how likely rows are."""
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Density:
@@ -167,7 +167,10 @@ class Classifier(ClassifierMixin, Estimator):  # type: ignore[misc]
             sample_weight: for how many rows each stands, shape (N,).
         """
         if y is None:
-            raise DataError("`y` must hold the labels of the rows; got None; give them.")
+            raise DataError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None; give "
+                "the labels of the rows."
+            )
         x, y, weight = self._validated(X, y, sample_weight)
         check_classification_targets(y)
         known = weight > 0
@@ -240,12 +243,19 @@ class Cluster(ClusterMixin, Estimator):  # type: ignore[misc]
 
             seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max // 2))
             return count_clusters(rows.x, weight=rows.weight, most=MOST_CLUSTERS, seed=seed)
-        if not isinstance(count, int | np.integer) or not 1 <= count <= len(rows.x):
+        if not isinstance(count, int | np.integer) or not 1 <= count <= rows.total:
             raise ConfigError(
-                f"`n_clusters` must be 'auto' or a whole number from 1 to {len(rows.x)}, the "
-                f"number of different rows; got {count!r}; ask for fewer."
+                f"`n_clusters` must be 'auto' or a whole number from 1 to {rows.total}, the "
+                f"number of rows; got {count!r}; ask for fewer."
             )
-        return int(count)
+        if count > len(rows.x):
+            warnings.warn(
+                f"{len(rows.x)} rows are different, and `n_clusters` is {count}; there will be as "
+                "many clusters as different rows.",
+                DataWarning,
+                stacklevel=3,
+            )
+        return min(int(count), len(rows.x))
 
     def predict_proba(self, X: Any) -> Array:
         """Return p(cluster | x), shape (N, C)."""

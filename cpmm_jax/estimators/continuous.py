@@ -44,12 +44,12 @@ class _Continuous(Estimator):
         best: Any = None
         for i in range(1 if begin is not None else self.n_init):
             recipe = recommend(
-                rows.total,
+                len(rows.x),
                 rows.x.shape[1],
                 rows.num_classes,
                 labelled=rows.y is not None,
                 clusters=rows.num_classes if rows.clusters else None,
-                components=self.n_components,
+                components=self._components(rows),
                 trajectories=self.n_trajectories,
                 rank=self.rank,
                 steps=self.max_iter,
@@ -74,12 +74,18 @@ class _Continuous(Estimator):
         result = best.result
         return Found(in_units(best), result.steps, result.converged, best)
 
+    def _components(self, rows: Rows) -> int | None:
+        """Return the number of components in all; None to leave it to the recipe."""
+        of_each = getattr(self, "n_components", None)
+        return None if of_each is None else of_each * rows.num_classes
+
 
 class CPMMDensity(Density, _Continuous):
     """The density of a table, as a mixture read off trajectories that share one field.
 
     Args:
-        n_components: components in all; None for a number that follows from the rows and features.
+        n_components: components, of each class where there are such; None for a number that follows
+            from the rows and features.
         n_trajectories: trajectories among which they divide; per class or cluster where there are
             such.
         rank: factors of a component, R.
@@ -112,7 +118,7 @@ class CPMMDensity(Density, _Continuous):
 class CPMMClassifier(Classifier, _Continuous):
     """Every class a mixture read off trajectories of one field; told apart by Bayes' rule.
 
-    Args and other attributes as for `CPMMDensity`; components divide equally among the classes.
+    Args and other attributes as for `CPMMDensity`.
 
     Attributes:
         classes_: the labels, in the order of the columns of `predict_proba`.
@@ -136,7 +142,7 @@ class CPMMCluster(Cluster, _Continuous):
 
     Args:
         n_clusters: a number, or "auto" for what the Bayesian information criterion finds.
-        n_components: as for `CPMMDensity`, and so are the others.
+        n_trajectories: of each cluster; this and the others as for `CPMMDensity`.
 
     Attributes:
         labels_: the cluster of each training row.
@@ -155,7 +161,6 @@ class CPMMCluster(Cluster, _Continuous):
         self,
         n_clusters: int | str = 8,
         *,
-        n_components: int | None = None,
         n_trajectories: int | None = None,
         rank: int | None = None,
         curriculum: str = "none",
@@ -167,17 +172,14 @@ class CPMMCluster(Cluster, _Continuous):
         verbose: bool = False,
         random_state: Any = None,
     ) -> None:
-        super().__init__(
-            n_components,
-            n_trajectories=n_trajectories,
-            rank=rank,
-            curriculum=curriculum,
-            max_iter=max_iter,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            n_init=n_init,
-            warm_start=warm_start,
-            verbose=verbose,
-            random_state=random_state,
-        )
         self.n_clusters = n_clusters
+        self.n_trajectories = n_trajectories
+        self.rank = rank
+        self.curriculum = curriculum
+        self.max_iter = max_iter
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.n_init = n_init
+        self.warm_start = warm_start
+        self.verbose = verbose
+        self.random_state = random_state

@@ -39,7 +39,7 @@ class _Direct(Estimator):
 
         rank = self.rank
         if rank is None:
-            rank = default_rank(rows.total / rows.num_classes, rows.x.shape[1])
+            rank = default_rank(len(rows.x) / rows.num_classes, rows.x.shape[1])
         settings = DirectSettings(
             components=1 if rows.clusters else getattr(self, "n_components", None),
             rank=rank,

@@ -276,7 +276,7 @@ def polish(
         )
     weight = check_weight(sample_weight, len(rows))
     weight = np.ones(len(rows)) if weight is None else weight
-    turn = max_iter if labels.min() >= 0 else TURN
+    turn = max(1, max_iter) if labels.min() >= 0 else TURN
     for done in range(0, max_iter, turn):
         mixture = _polished_classes(mixture, rows, labels, weight, min(turn, max_iter - done), tol)
     return mixture

@@ -157,7 +157,7 @@ def test_a_fit_that_has_not_ended_says_so() -> None:
             DataError,
             "two examples or more",
         ),
-        (cpmm.MFAClassifier(), (X, None), DataError, "`y` must hold the labels"),
+        (cpmm.MFAClassifier(), (X, None), DataError, "requires y to be passed"),
         (cpmm.MFACluster(300), (X,), ConfigError, "from 1 to 240"),
         (cpmm.MFACluster(0), (X,), ConfigError, "got 0"),
         (cpmm.MFADensity(), (np.where(X > 300, np.nan, X),), ValueError, "contains NaN"),
