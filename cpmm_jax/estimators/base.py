@@ -58,13 +58,12 @@ def distinct(x: Array, codes: Array | None, sample_weight: Array) -> Rows:
     """Return each different row once, with the weight of all its copies; without those of none.
 
     Raises:
-        DataError: a weight is negative, or none is positive.
+        DataError: a weight is negative.
     """
-    if sample_weight.min() < 0 or not sample_weight.any():
+    if sample_weight.min() < 0:
         raise DataError(
-            "`sample_weight` must be at least 0, and positive for some row; got "
-            f"{sample_weight.min():g} to {sample_weight.max():g}; leave it out where all count "
-            "alike."
+            f"`sample_weight` must be at least 0; got {sample_weight.min():g}; give 0 to rows that "
+            "do not count."
         )
     table: Array = x if codes is None else np.column_stack([x, codes])
     kept, own = table[sample_weight > 0], sample_weight[sample_weight > 0]

@@ -245,7 +245,8 @@ def maximise(
         floor = jnp.max(floor, keepdims=True)
     noise = jnp.broadcast_to(jnp.maximum(squares / share, floor[None, :]), means.shape)
     alive = s.count >= LEAST_COUNT
-    fresh = MFA(jnp.log(count / weight), means, loadings, jnp.log(noise))
+    log_weights = jnp.log(count) - jnp.log(weight)  # finite for a component without any example
+    fresh = MFA(log_weights, means, loadings, jnp.log(noise))
     kept = previous.replace(logits=fresh.logits)  # type: ignore[attr-defined]
     return jax.tree.map(
         lambda new, old: jnp.where(alive.reshape(-1, *[1] * (new.ndim - 1)), new, old), fresh, kept

@@ -256,3 +256,15 @@ def test_bad_chunks_and_labels() -> None:
 
 def test_constraints_are_compared_by_value() -> None:
     assert replace(Constraints(), shared_noise=True) == CONSTRAINTS["noise"]
+
+
+def test_a_component_without_examples_keeps_a_finite_weight() -> None:
+    """Such a weight underflows, and its logarithm could not be stored."""
+    far = MFA(
+        jnp.array([0.0, -800.0]),
+        jnp.array([[0.0, 0.0], [1e4, 1e4]]),
+        jnp.zeros((2, 2, 0)),
+        jnp.zeros((2, 2)),
+    )
+    result = fit_em(X[:, :2], start=far, max_iter=3)
+    assert np.isfinite(result.mixture.logits).all()
