@@ -132,13 +132,15 @@ def fit_mixture(
     else:
         z_valid = standardizer.transform(x_valid)
         data = replace(data, x_valid=z_valid, y_valid=y_valid, weight_valid=weight_valid)
+    if recipe.clusters and begin is None:
+        data = with_clusters(data, recipe, standardizer.scale)
     train = (data.x_train, data.y_train)
     valid: Any = {key: getattr(data, key) for key in ("x_valid", "y_valid", "weight_valid")}
     curriculum = build_curriculum(data.x_train, data.x_valid, recipe, flow, progress=progress)
     recipe = divide(data, floor, recipe)
     untrained = begin and begin.model
     if untrained is None:
-        classes = find_classes(*train, recipe, standardizer.scale, weight=data.weight_train)
+        classes = complete(*train, recipe, weight=data.weight_train)
         untrained = build_model(
             data.x_train, classes, floor, recipe, curriculum, weight=data.weight_train
         )
@@ -165,7 +167,7 @@ def fit_mixture(
             for first, last in zip((*train, data.weight_train), valid.values(), strict=True)
         )
         assert z is not None
-        classes = find_classes(z, y, recipe, standardizer.scale, weight=weight)
+        classes = complete(z, y, recipe, weight=weight)
         final = replace(
             config,
             steps=result.best_step,
@@ -251,31 +253,39 @@ def divide(data: Dataset, noise_floor: np.ndarray, recipe: Recipe) -> Recipe:
     return best
 
 
-def find_classes(
-    z: np.ndarray,
-    y: np.ndarray | None,
-    recipe: Recipe,
-    scale: np.ndarray,
-    *,
-    weight: np.ndarray | None = None,
-) -> np.ndarray | None:
-    """Return the class in which each example starts: its own, its neighbours', or its cluster.
+def with_clusters(data: Dataset, recipe: Recipe, scale: np.ndarray) -> Dataset:
+    """Return training examples with the cluster of those that lie within one; others are not known.
 
     Args:
-        z: standardised training examples, shape (N, D).
-        y: class codes, shape (N,), -1 where not known; None for a density or clusters.
+        data: standardised examples, without labels.
         recipe: the number of clusters and the seed.
         scale: standard deviations of the features, shape (D,): neighbours may be nearer in the
             units of the data, where these are the same for all.
-        weight: how much each example counts, shape (N,), or None.
-
-    Returns:
-        Class codes, shape (N,); None for a density.
     """
-    if recipe.clusters:
-        scales = (1.0, scale / scale.max())
-        settings: Any = {"scales": scales, "weight": weight, "seed": recipe.seed}
-        return group_examples(z, recipe.num_classes, **settings)
+    if recipe.num_classes == 1:
+        return data
+    settings: Any = {"weight": data.weight_train, "seed": recipe.seed}
+    found = group_examples(
+        data.x_train, recipe.num_classes, scales=(1.0, scale / scale.max()), **settings
+    )
+    inner = np.bincount(found.group[found.within], minlength=recipe.num_classes)
+    known = found.within | (inner == 0)[found.group]  # a group that is all border
+    y = np.where(known, found.group, -1)
+    y_valid = None if data.x_valid is None else np.full(len(data.x_valid), -1)
+    return replace(data, y_train=y, y_valid=y_valid)
+
+
+def complete(
+    z: np.ndarray, y: np.ndarray | None, recipe: Recipe, *, weight: np.ndarray | None = None
+) -> np.ndarray | None:
+    """Return the class in which each example starts: its own, or that of its neighbours.
+
+    Args:
+        z: standardised training examples, shape (N, D).
+        y: class codes, shape (N,), -1 where not known; None for a density.
+        recipe: the number of classes.
+        weight: how much each example counts, shape (N,), or None.
+    """
     if y is None or y.min() >= 0:
         return y
     return spread_labels(z, y, recipe.num_classes, weight=weight)

@@ -14,113 +14,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from benchmarks.provenance import provenance
 from benchmarks.report import Report, Table
 from experiments.ablation import shown
 from experiments.compare.cells import Cell, Record, Settings, is_done, read
 from experiments.compare.runner import run_cells
-from experiments.labels.methods import (
-    CLASSIFIERS,
-    CLUSTERERS,
-    OURS,
-    cluster,
-    make_classifier,
-)
-from experiments.labels.sets import TABLES, LabelledSet, all_rows, labelled_set
+from experiments.labels.measures import classify, group, name_of
+from experiments.labels.methods import CLASSIFIERS, CLUSTERERS
+from experiments.labels.sets import TABLES, all_rows, labelled_set
 
 OUTPUT = Path("bench_output") / "labels"
 METRICS = {
     "classify": ("accuracy", "log_loss", "calibration_error"),
     "cluster": ("nmi", "ari", "accuracy"),
 }
-BINS = 15
-
-
-def classify(cell: Cell, method: str, data: LabelledSet) -> Record:
-    """Fit a classifier, and score it."""
-    x, y = data.x_train, data.y_train
-    if method not in OURS:
-        x, y = x[y >= 0], y[y >= 0]
-    start = time.perf_counter()
-    model = make_classifier(method, cell.seed, y).fit(x, y)
-    seconds = time.perf_counter() - start
-    proba = np.asarray(model.predict_proba(data.x_test), np.float64)
-    right = proba.argmax(axis=1) == data.y_test
-    own = proba[np.arange(len(proba)), data.y_test]
-    metrics = {
-        "accuracy": float(right.mean()),
-        "log_loss": float(-np.log(np.maximum(own, 1e-15)).mean()),
-        "calibration_error": calibration_error(proba.max(axis=1), right),
-        "seconds": seconds,
-    }
-    return record(cell, metrics, data)
-
-
-def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Return the mean gap between confidence and accuracy over equally full bins."""
-    bins = np.array_split(np.argsort(confidence, kind="stable"), BINS)
-    gaps = [len(b) * abs(confidence[b].mean() - right[b].mean()) for b in bins if len(b)]
-    return float(sum(gaps) / len(right))
-
-
-def group(cell: Cell, method: str, data: LabelledSet) -> Record:
-    """Cluster all rows, and compare with the labels."""
-    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-
-    start = time.perf_counter()
-    found = cluster(method, data.x_train, len(np.unique(data.y_train)), cell.seed)
-    seconds = time.perf_counter() - start
-    metrics = {
-        "nmi": float(normalized_mutual_info_score(data.y_train, found)),
-        "ari": float(adjusted_rand_score(data.y_train, found)),
-        "accuracy": matched_accuracy(data.y_train, found),
-        "seconds": seconds,
-    }
-    return record(cell, metrics, data)
-
-
-def matched_accuracy(y: np.ndarray, clusters: np.ndarray) -> float:
-    """Return the accuracy of the best one-to-one naming of clusters by classes."""
-    from scipy.optimize import linear_sum_assignment
-
-    codes = np.unique(clusters, return_inverse=True)[1]
-    counts = np.zeros((codes.max() + 1, y.max() + 1))
-    np.add.at(counts, (codes, y), 1)
-    rows, columns = linear_sum_assignment(-counts)
-    return float(counts[rows, columns].sum() / len(y))
-
-
-def record(cell: Cell, metrics: dict[str, float], data: LabelledSet) -> Record:
-    """Return what is kept of a cell."""
-    return {
-        "config": cell.config,
-        "status": "done",
-        "metrics": metrics,
-        "rows": {"train": len(data.x_train), "test": len(data.x_test)},
-        "dim": data.x_train.shape[1],
-        "provenance": provenance(),
-    }
-
-
-def name_of(cell: Cell) -> str:
-    """Return the method of a cell, which is all that its measure needs."""
-    return cell.method
-
-
-def quietly(measure: Any, cell: Cell, method: str, data: LabelledSet) -> Record:
-    """Measure without the warnings of fits that are meant to be tried."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return measure(cell, method, data)  # type: ignore[no-any-return]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for method in methods
     }
     load = partial(labelled_set if task == "classify" else all_rows, data_dir=given.data_dir)
-    measure = partial(quietly, classify if task == "classify" else group)
+    measure = classify if task == "classify" else group
     folder = given.out / task
     run_cells(list(cells.values()), folder, name_of, load, jobs=given.jobs, measure=measure)
     report = tabulate(task, {key: read(folder, cell) for key, cell in cells.items()})

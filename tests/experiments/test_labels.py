@@ -12,6 +12,7 @@ pytest.importorskip("sklearn")
 
 from cpmm_jax.errors import DataError
 from experiments.labels import __main__ as labels
+from experiments.labels import measures
 from experiments.labels.sets import all_rows, labelled_set
 
 
@@ -51,16 +52,16 @@ def test_sets_that_do_not_serve(folder: Path, name: str, message: str) -> None:
 
 def test_clusters_are_named_one_to_one() -> None:
     y = np.array([0, 0, 0, 1, 1, 2])
-    assert labels.matched_accuracy(y, np.array([5, 5, 5, 7, 7, 1])) == 1.0
-    assert labels.matched_accuracy(y, np.zeros(6, int)) == 0.5
-    assert labels.matched_accuracy(y, np.array([0, 0, 0, 1, 1, -1])) == 1.0  # HDBSCAN's noise
+    assert measures.matched_accuracy(y, np.array([5, 5, 5, 7, 7, 1])) == 1.0
+    assert measures.matched_accuracy(y, np.zeros(6, int)) == 0.5
+    assert measures.matched_accuracy(y, np.array([0, 0, 0, 1, 1, -1])) == 1.0  # HDBSCAN's noise
 
 
 def test_confidence_that_is_right_is_calibrated(rng: np.random.Generator) -> None:
     confidence = rng.uniform(0.5, 1.0, 20_000)
     right = rng.uniform(size=20_000) < confidence
-    assert labels.calibration_error(confidence, right) < 0.01
-    assert labels.calibration_error(np.ones(10), np.zeros(10, bool)) == 1.0
+    assert measures.calibration_error(confidence, right) < 0.01
+    assert measures.calibration_error(np.ones(10), np.zeros(10, bool)) == 1.0
 
 
 @pytest.mark.slow
