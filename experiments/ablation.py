@@ -1,6 +1,6 @@
 """What matters in the recipe: one setting changed at a time, the rest as the recipe has it.
 
-    python -m experiments.ablation --sets A,B [--seeds 5] [--jobs 2] [--data-dir DIR]
+    python -m experiments.ablation --sets A,B [--changes C,D] [--seeds 5] [--jobs 2] [--data-dir DIR]
 
 Every mixture has 40 components of rank 4 (D - 1 at most), is trained once, and polished by EM as
 long as validation gains. The table gives the test log-likelihood of the recipe, and by how much
@@ -36,7 +36,7 @@ def divided(times: int) -> Change:
 
     def change(recipe: Recipe) -> Recipe:
         count = recipe.num_classes * recipe.num_times // times
-        return replace(recipe, num_classes=count, num_times=times, train_times=times)
+        return replace(recipe, num_classes=count, num_times=times, train_times=times, divisions=())
 
     return change
 
@@ -86,18 +86,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m experiments.ablation", description="Change one setting at a time."
     )
     parser.add_argument("--sets", help="data sets, separated by commas; default: all")
+    parser.add_argument("--changes", help="of the settings, separated by commas; default: all")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--out", type=Path, default=OUTPUT)
     given = parser.parse_args(argv)
     sets = given.sets.split(",") if given.sets else names(given.data_dir)
+    changes = list(CHANGES)
+    if given.changes:
+        changes = ["recipe", *(c for c in given.changes.split(",") if c != "recipe")]
+        if unknown := [change for change in changes if change not in CHANGES]:
+            parser.error(f"--changes must be of {', '.join(CHANGES)}; got {', '.join(unknown)}")
     settings = Settings("ablation", 0.0, *SIZE)
     cells = {
         (dataset, change, seed): Cell(dataset, change, seed, settings)
         for seed in range(given.seeds)
         for dataset in sets
-        for change in CHANGES
+        for change in changes
     }
     load = partial(density_set, data_dir=given.data_dir)
     run_cells(list(cells.values()), given.out, make_method, load, jobs=given.jobs)
@@ -113,10 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             for seed in range(given.seeds)
             if {(dataset, "recipe", seed), (dataset, change, seed)} <= found.keys()
         ]
-        for change in CHANGES
+        for change in changes
         for dataset in sets
     }
-    rows = [[c, *(shown(numbers[f"{d}/{c}"], c != "recipe") for d in sets)] for c in CHANGES]
+    rows = [[c, *(shown(numbers[f"{d}/{c}"], c != "recipe") for d in sets)] for c in changes]
     title = "Test log-likelihood of the recipe, and what a change adds, mean ± 95 % interval (nats)"
     table = Table(title, ["", *sets], rows)
     Report("ablation", [table], numbers).write(given.out)

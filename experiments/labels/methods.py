@@ -10,8 +10,6 @@ CLASSIFIERS = ("gmm", "qda", "mfa", "cpmm", "boosting", "svm")
 CLUSTERERS = ("kmeans", "gmm", "mfa", "cpmm", "spectral", "hdbscan")
 OURS = ("mfa", "cpmm")  # take rows without a label
 GAUSSIAN = ("gmm", "qda", "mfa")
-COMPONENTS = (1, 2, 3, 5, 8, 12, 20)  # of a class
-REGULARISERS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 FOLDS = 3
 
 
@@ -25,6 +23,7 @@ def make_classifier(name: str, seed: int, y: np.ndarray) -> Any:
     from sklearn.svm import SVC
 
     import cpmm_jax as cpmm
+    from experiments.labels.mixture_per_class import MixturePerClass
 
     folds = StratifiedKFold(
         max(2, min(FOLDS, int(np.bincount(y[y >= 0]).min()))), shuffle=True, random_state=seed
@@ -49,48 +48,6 @@ def make_classifier(name: str, seed: int, y: np.ndarray) -> Any:
             grid = {"svc__C": (1.0, 10.0, 100.0), "svc__gamma": ("scale", 0.03, 0.3)}
             return searched(SVC(probability=True, random_state=seed), grid)
     raise ValueError(f"`name` must be one of {', '.join(CLASSIFIERS)}; got {name!r}")
-
-
-class MixturePerClass:
-    """scikit-learn's GaussianMixture for every class; components and covariances by validation."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        return {"seed": self.seed}
-
-    def fit(self, x: np.ndarray, y: np.ndarray) -> MixturePerClass:
-        from sklearn.mixture import GaussianMixture
-        from sklearn.model_selection import ParameterGrid, train_test_split
-
-        self.classes_, sizes = np.unique(y, return_counts=True)
-        self.log_prior = np.log(sizes / len(y))
-        self.models = []
-        for c in self.classes_:
-            own = x[y == c]
-            part, held = own, own
-            if len(own) >= 10:
-                part, held = train_test_split(own, test_size=0.2, random_state=self.seed)
-            best: tuple[float, Any] = (-np.inf, None)
-            counts = [k for k in COMPONENTS if 3 * k <= len(part) or k == 1]
-            for settings in ParameterGrid(
-                {
-                    "n_components": counts,
-                    "covariance_type": ("full", "diag"),
-                    "reg_covar": REGULARISERS,
-                }
-            ):
-                made = GaussianMixture(**settings, random_state=self.seed)
-                score = made.fit(part).score(held)
-                if score > best[0]:
-                    best = score, settings
-            self.models.append(GaussianMixture(**best[1], random_state=self.seed).fit(own))
-        return self
-
-    def predict_proba(self, x: np.ndarray) -> np.ndarray:
-        joint = np.stack([model.score_samples(x) for model in self.models], axis=1) + self.log_prior
-        return np.exp(joint - np.logaddexp.reduce(joint, axis=1, keepdims=True))
 
 
 def cluster(name: str, x: np.ndarray, count: int, seed: int) -> np.ndarray:
