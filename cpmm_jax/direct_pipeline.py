@@ -14,6 +14,7 @@ from cpmm_jax.data.standardise import Standardizer
 from cpmm_jax.errors import ConfigError
 from cpmm_jax.mixture.em import fit_em, polish
 from cpmm_jax.mixture.em_loops import EMResult
+from cpmm_jax.mixture.grouping import spread_labels
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.initialise import kmeans_start
 from cpmm_jax.mixture.mfa import MFA
@@ -148,25 +149,34 @@ class _Path:
         counts = COMPONENTS if given is None else (given,)
         best, found = -np.inf, (given or 1, 0.0)
         for count in (k for k in counts if k in (1, given) or 4 * k <= fewest):
-            mixture = self.fit(parts, count).mixture
+            mixture = self.fit(parts, count, thorough=False).mixture
             broad = broaden_by_validation(mixture, *valid, weight_valid=parts.weight_valid)
             if broad.scores[broad.noise] <= best:
                 break
             best, found = broad.scores[broad.noise], (count, broad.noise)
         return found
 
-    def fit(self, data: Dataset, count: int, start: HierarchicalMFA | None = None) -> _Fitted:
-        """Fit by EM, or by gradient from where k-means starts."""
+    def fit(
+        self,
+        data: Dataset,
+        count: int,
+        start: HierarchicalMFA | None = None,
+        *,
+        thorough: bool = True,
+    ) -> _Fitted:
+        """Fit by EM, or by gradient from where k-means starts; if not thorough from one start."""
         by_gradient = self.settings.method == "gradient"
         iterations = 0 if by_gradient else self.settings.max_iter or 200
+        y, partly = data.y_train, data.y_train is not None and data.y_train.min() < 0
+        if y is not None and partly:
+            y = spread_labels(data.x_train, y, self.num_classes, weight=data.weight_train)
         classes = []
         for c in range(self.num_classes):
-            rows = np.arange(len(data.x_train))
-            if data.y_train is not None:
-                rows = np.flatnonzero(data.y_train == c)
+            rows = np.arange(len(data.x_train)) if y is None else np.flatnonzero(y == c)
             weight = None if data.weight_train is None else data.weight_train[rows]
             begin = None if start is None else start.class_mixture(c)
-            classes.append(self._em(data.x_train[rows], count, iterations, weight, begin))
+            em: Any = {"weight": weight, "start": begin, "thorough": thorough}
+            classes.append(self._em(data.x_train[rows], count, iterations, **em))
         components = jax.tree.map(
             lambda *leaves: jnp.stack(leaves), *(result.mixture for result in classes)
         )
@@ -174,14 +184,9 @@ class _Path:
         mixture = HierarchicalMFA(jnp.log(jnp.asarray(shares, jnp.float32)), components)
         if by_gradient:
             return self._train(mixture, data)
-        if data.y_train is not None and data.y_train.min() < 0:
-            mixture = polish(
-                mixture,
-                data.x_train,
-                data.y_train,
-                max_iter=iterations,
-                sample_weight=data.weight_train,
-            )
+        if partly:
+            more: Any = {"max_iter": iterations, "sample_weight": data.weight_train}
+            mixture = polish(mixture, data.x_train, data.y_train, **more)
         return _Fitted(
             mixture,
             max(result.iterations for result in classes),
@@ -189,12 +194,19 @@ class _Path:
         )
 
     def _em(
-        self, z: np.ndarray, count: int, max_iter: int, weight: Any, start: MFA | None
+        self,
+        z: np.ndarray,
+        count: int,
+        max_iter: int,
+        *,
+        weight: np.ndarray | None,
+        start: MFA | None,
+        thorough: bool,
     ) -> EMResult:
         settings: Any = {
             "start": kmeans_start if start is None else start,
-            "n_init": self.settings.n_init,
-            "moves": EM_MOVES if max_iter else 0,
+            "n_init": self.settings.n_init if thorough else 1,
+            "moves": EM_MOVES if thorough and max_iter else 0,
             "max_iter": max_iter,
             "tol": self.settings.tol,
             "noise_floor": self.noise_floor,

@@ -1,6 +1,6 @@
 """What matters in the recipe: one setting changed at a time, the rest as the recipe has it.
 
-    python -m experiments.ablation --sets A,B [--changes C,D] [--seeds 5] [--jobs 2] [--data-dir DIR]
+    python -m experiments.ablation --sets A,B [--changes C,D] [--seeds 5] [--jobs 2]
 
 Every mixture has 40 components of rank 4 (D - 1 at most), is trained once, and polished by EM as
 long as validation gains. The table gives the test log-likelihood of the recipe, and by how much
