@@ -89,10 +89,11 @@ def recommend(
 ) -> Recipe:
     """Choose the settings that are not given from N, D and the number of classes.
 
-    Where rows are plentiful for the number of features, many short trajectories fit best, that
-    start at the components of a mixture fitted by EM; where they are scarce, few long ones with
-    more factors do, since the shared field keeps them from overfitting; unless `components` sets
-    how many there are, each is given a broad twin then.
+    Where rows are plentiful for the number of features, many short trajectories fit best; where
+    they are scarce, few long ones with more factors do, since the shared field keeps them from
+    overfitting. They start at the components of a mixture fitted by EM, but at examples where rows
+    are too few for one; unless `components` sets how many there are, each is given a broad twin
+    then.
 
     Args:
         num_examples: training rows, N.
@@ -142,9 +143,10 @@ def recommend(
     classes = (clusters or num_classes) if grouped else 1
     rows = num_examples / classes  # of one class
     if local_start is None:  # clusters are where they start
-        local_start = clusters is not None or (_ample(rows, dim) and curriculum == "none")
+        enough = _ample(rows, dim) if labelled else not _few(rows, dim)
+        local_start = clusters is not None or (enough and curriculum == "none")
     divisions: tuple[int, ...] = ()
-    if local_start and components is not None and trajectories is None and not grouped:
+    if _ample(rows, dim) and local_start and components and trajectories is None and not grouped:
         divisions = tuple(times for times in DIVISIONS if components % times == 0)
     tails = 0.1 if components is None and _few(rows, dim) else 0.0
     rank = default_rank(rows, dim) if rank is None else rank
@@ -169,7 +171,7 @@ def recommend(
         rank=rank,
         divisions=divisions,
         local_start=local_start and times <= LONGEST_LOCAL,
-        polish=_ample(rows, dim),
+        polish=not labelled or _ample(rows, dim),
         curriculum=curriculum,
         tails=tails,
         widths=(128, 128) if dim < 16 else (256, 256),

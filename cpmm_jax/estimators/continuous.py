@@ -106,8 +106,9 @@ class CPMMDensity(Density, _Continuous):
         feature_names_in_: names of the columns, where X had any.
 
     Example:
+        >>> import numpy as np
         >>> x = np.random.default_rng(0).normal(size=(200, 2)) * [1.0, 100.0]
-        >>> density = CPMMDensity(max_iter=50, random_state=0).fit(x)
+        >>> density = CPMMDensity(n_trajectories=1, random_state=0).fit(x)
         >>> density.score_samples(x).shape, density.sample(3, random_state=0).shape
         ((200,), (3, 2))
 
@@ -124,9 +125,10 @@ class CPMMClassifier(Classifier, _Continuous):
         classes_: the labels, in the order of the columns of `predict_proba`.
 
     Example:
+        >>> import numpy as np
         >>> x = np.random.default_rng(0).normal(size=(200, 2))
         >>> y = np.where(x[:, 0] > 0, "right", "left")
-        >>> model = CPMMClassifier(max_iter=50, random_state=0).fit(x, y)
+        >>> model = CPMMClassifier(max_iter=400, random_state=0).fit(x, y)
         >>> model.predict([[-2.0, 0.0], [2.0, 0.0]]).tolist()
         ['left', 'right']
 
@@ -149,8 +151,9 @@ class CPMMCluster(Cluster, _Continuous):
         n_clusters_: clusters that hold a row.
 
     Example:
-        >>> x = np.random.default_rng(0).normal(size=(60, 2)) + 9 * np.arange(60)[:, None] // 30
-        >>> clusters = CPMMCluster(2, max_iter=50, random_state=0).fit(x)
+        >>> import numpy as np
+        >>> x = np.random.default_rng(0).normal(size=(60, 2)) + 9 * (np.arange(60)[:, None] // 30)
+        >>> clusters = CPMMCluster(2, max_iter=400, random_state=0).fit(x)
         >>> sorted(np.bincount(clusters.labels_).tolist())
         [30, 30]
 

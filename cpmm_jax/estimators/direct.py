@@ -85,6 +85,7 @@ class MFADensity(Density, _Direct):
         feature_names_in_: names of the columns, where X had any.
 
     Example:
+        >>> import numpy as np
         >>> x = np.random.default_rng(0).normal(size=(200, 2)) * [1.0, 100.0]
         >>> MFADensity(1, rank=1, random_state=0).fit(x).mixture_.means.shape
         (1, 1, 2)
@@ -99,6 +100,7 @@ class MFAClassifier(Classifier, _Direct):
     Args and attributes as for `MFADensity`, and `classes_`.
 
     Example:
+        >>> import numpy as np
         >>> x = np.random.default_rng(0).normal(size=(200, 2))
         >>> MFAClassifier(1, random_state=0).fit(x, x[:, 0] > 0).predict([[2.0, 0.0]]).tolist()
         [True]
@@ -117,7 +119,8 @@ class MFACluster(Cluster, _Direct):
         n_clusters_: clusters that hold a row.
 
     Example:
-        >>> x = np.random.default_rng(0).normal(size=(60, 2)) + 9 * np.arange(60)[:, None] // 30
+        >>> import numpy as np
+        >>> x = np.random.default_rng(0).normal(size=(60, 2)) + 9 * (np.arange(60)[:, None] // 30)
         >>> sorted(np.bincount(MFACluster(2, random_state=0).fit_predict(x)).tolist())
         [30, 30]
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from fractions import Fraction
 from typing import Any
 
@@ -173,3 +174,33 @@ def test_bad_sample_arguments_are_refused() -> None:
     for rng, n, message in [(0, 5, "Generator; got int"), (None, -1, "0 or more; got -1")]:
         with pytest.raises(ConfigError, match=message):
             mixture.sample(np.random.default_rng(0) if rng is None else rng, n)  # type: ignore
+
+
+def test_another_unit_brings_its_jacobian() -> None:
+    mixture = random_mixture(0, D=3, R=1, dtype=np.float32)
+    scale, shift = np.array([2.0, 1e-3, -5.0]), np.array([1e8, 0.0, 3.0])
+    z = np.random.default_rng(0).standard_normal((6, 3))
+    moved = mixture.affine(scale, shift)
+    expected = mixture.log_prob(z) - np.log(np.abs(scale)).sum()
+    np.testing.assert_allclose(moved.log_prob(z * scale + shift), expected, rtol=1e-6)
+    assert moved.means.dtype == np.float64
+
+
+def test_some_classes_keep_their_names() -> None:
+    whole = random_mixture(0)
+    names = tuple(f"class {c}" for c in range(whole.num_classes))
+    kept = artifact.to_mixture(whole, class_names=names).classes([1, 0])
+    assert kept.class_names == names[1::-1]
+    x = np.random.default_rng(0).standard_normal((5, whole.dim))
+    two = whole.class_log_prob(x)[:, [1, 0]]
+    expected = scipy.special.softmax(two, axis=1)
+    np.testing.assert_allclose(kept.predict_proba(x), expected, rtol=1e-9)
+
+
+def test_a_pickle_holds_the_parameters_alone() -> None:
+    mixture = random_mixture(0)
+    size = len(pickle.dumps(mixture))
+    x = np.random.default_rng(0).standard_normal((5, mixture.dim))
+    before = mixture.log_prob(x)  # keeps what it computes of the parameters
+    assert len(pickle.dumps(mixture)) == size
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(mixture)).log_prob(x), before)

@@ -62,9 +62,9 @@ def test_a_run_tells_how_its_components_were_divided_in_the_end(
 ) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(120, 2)))
 
-    def settle(z: object, z_valid: object, floor: object, recipe: Recipe) -> tuple[Recipe, None]:
+    def settle(data: object, floor: object, recipe: Recipe) -> Recipe:
         assert recipe.num_times != 1
-        return replace(recipe, num_classes=4, num_times=1, train_times=1), None
+        return replace(recipe, num_classes=4, num_times=1, train_times=1)
 
     monkeypatch.setattr("cpmm_jax.pipeline.divide", settle)
     assert cpmm("fit", tmp_path / "x.npy", "--out", tmp_path / "run", *SETTINGS).code == 0

@@ -80,3 +80,11 @@ def test_bad_input_gets_one_clear_line(case: str) -> None:
     assert "\n" not in message and message.count(";") == 2
     for word in words:
         assert word in message, message
+
+
+def test_labels_that_are_not_known() -> None:
+    assert check_labels([0, -1, 1], 3, unknown=True).tolist() == [0, -1, 1]
+    with pytest.raises(DataError, match="labels >= 0"):
+        check_labels([0, -1, 1], 3)
+    with pytest.raises(DataError, match=r"got none of class 0 .*gaps"):
+        check_labels([1, -1], 2, unknown=True)

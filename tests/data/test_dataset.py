@@ -76,3 +76,10 @@ def test_bad_input_gets_one_clear_line(call, kind, words) -> None:
     assert "\n" not in str(caught.value) and str(caught.value).count(";") == 2
     for word in words:
         assert word in str(caught.value)
+
+
+def test_weights_go_with_their_rows() -> None:
+    whole = numbered(40, weight_train=np.arange(40.0) + 1)
+    data = split(whole, seed=0, valid_fraction=0.2, test_fraction=0.1)
+    np.testing.assert_array_equal(data.weight_train, data.x_train[:, 0] + 1)
+    np.testing.assert_array_equal(data.weight_valid, data.x_valid[:, 0] + 1)

@@ -129,3 +129,13 @@ def test_bad_input_gets_one_clear_line(call, words) -> None:
     assert "\n" not in str(caught.value) and str(caught.value).count(";") == 2
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_weight_stands_for_rows() -> None:
+    x = np.column_stack([NORMAL[:40, 0], np.arange(40) % 5])
+    weight = np.arange(40) % 3 + 1
+    weighted = Standardizer.fit(x, weight=weight.astype(float))
+    repeated = Standardizer.fit(np.repeat(x, weight, axis=0))
+    np.testing.assert_allclose(weighted.shift, repeated.shift)
+    np.testing.assert_allclose(weighted.scale, repeated.scale)
+    assert weighted.resolution[1] == repeated.resolution[1] == 1.0
