@@ -39,6 +39,7 @@ EM_STARTS, EM_MOVES, EM_ROUNDS = 3, 20, 200  # before the training
 SCALES = {1: 0.03, 2: 0.1}  # of the field's output by T, where the start is local
 LONG_SCALE = 0.3  # for more
 FLOW_STEPS = 4000
+SURE = 0.99  # probability of a cluster, where training goes on from one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +133,9 @@ def fit_mixture(
     else:
         z_valid = standardizer.transform(x_valid)
         data = replace(data, x_valid=z_valid, y_valid=y_valid, weight_valid=weight_valid)
-    if recipe.clusters and begin is None:
-        data = with_clusters(data, recipe, standardizer.scale)
+    if recipe.clusters:
+        before = None if begin is None else begin.standardized
+        data = with_clusters(data, recipe, standardizer.scale, before)
     train = (data.x_train, data.y_train)
     valid: Any = {key: getattr(data, key) for key in ("x_valid", "y_valid", "weight_valid")}
     curriculum = build_curriculum(data.x_train, data.x_valid, recipe, flow, progress=progress)
@@ -253,7 +255,9 @@ def divide(data: Dataset, noise_floor: np.ndarray, recipe: Recipe) -> Recipe:
     return best
 
 
-def with_clusters(data: Dataset, recipe: Recipe, scale: np.ndarray) -> Dataset:
+def with_clusters(
+    data: Dataset, recipe: Recipe, scale: np.ndarray, found: HierarchicalMFA | None = None
+) -> Dataset:
     """Return training examples with the cluster of those that lie within one; others are not known.
 
     Args:
@@ -261,16 +265,21 @@ def with_clusters(data: Dataset, recipe: Recipe, scale: np.ndarray) -> Dataset:
         recipe: the number of clusters and the seed.
         scale: standard deviations of the features, shape (D,): neighbours may be nearer in the
             units of the data, where these are the same for all.
+        found: a clustering to keep, of which the rows that it is sure of are known; None to begin.
     """
     if recipe.num_classes == 1:
         return data
-    settings: Any = {"weight": data.weight_train, "seed": recipe.seed}
-    found = group_examples(
-        data.x_train, recipe.num_classes, scales=(1.0, scale / scale.max()), **settings
-    )
-    inner = np.bincount(found.group[found.within], minlength=recipe.num_classes)
-    known = found.within | (inner == 0)[found.group]  # a group that is all border
-    y = np.where(known, found.group, -1)
+    if found is None:
+        settings: Any = {"weight": data.weight_train, "seed": recipe.seed}
+        group, within = group_examples(
+            data.x_train, recipe.num_classes, scales=(1.0, scale / scale.max()), **settings
+        )
+    else:
+        proba = np.asarray(found.predict_proba(data.x_train))
+        group, within = proba.argmax(axis=1), proba.max(axis=1) > SURE
+    inner = np.bincount(group[within], minlength=recipe.num_classes)
+    known = within | (inner == 0)[group]  # a group that is all border
+    y = np.where(known, group, -1)
     y_valid = None if data.x_valid is None else np.full(len(data.x_valid), -1)
     return replace(data, y_train=y, y_valid=y_valid)
 

@@ -94,3 +94,30 @@ def test_a_local_start_is_the_mixture_that_em_has_fitted(rng: np.random.Generato
     settings = {"n_init": 3, "moves": 20, "noise_floor": 2 * floor, "seed": recipe.seed}
     fitted = fit_em(z, 2, 1, **settings).mixture
     np.testing.assert_allclose(mixture.log_prob(z), fitted.log_prob(z), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "labelled", "local"),
+    [(1500, False, True), (200, False, False), (1500, True, True), (500, True, False)],
+)
+def test_short_of_rows_trajectories_start_at_examples(
+    rows: int, *, labelled: bool, local: bool
+) -> None:
+    """20 rows for every feature are few, with labels 100."""
+    recipe = recommend(rows, 13, labelled=labelled, components=40, rank=4)
+    assert recipe.local_start is local
+    assert recipe.polish is (local or not labelled)
+    assert recommend(rows, 13, labelled=labelled, local_start=not local).local_start is not local
+
+
+@pytest.mark.parametrize(("rows", "size"), [(10_000, 256), (300, 128), (200, 128), (20, 16)])
+def test_the_batch_of_few_rows_is_the_same_with_a_validation_part(rows: int, size: int) -> None:
+    assert recommend(rows, 2).batch_size == size <= 0.85 * rows
+
+
+def test_a_rare_class_starts_as_many_trajectories(rng: np.random.Generator) -> None:
+    z = rng.normal(size=(400, 2)).astype(np.float32)
+    y = (np.arange(400) >= 397).astype(int)  # three rows
+    recipe = recommend(400, 2, 2, labelled=True, components=16, trajectories=8, rank=1)
+    starts = fit_start(z, y, np.full(2, 0.01), recipe, starts=1, moves=0)
+    assert [start.num_components for start in starts] == [8, 8]

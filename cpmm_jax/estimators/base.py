@@ -94,8 +94,8 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
     def _fit(self, rows: Rows) -> None:
         if not isinstance(self.n_init, int | np.integer) or self.n_init < 1:
             raise ConfigError(f"`n_init` must be a whole number, at least 1; got {self.n_init!r}.")
-        seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max // 2))
-        found = self._train(rows, seed, getattr(self, "_fitted", None) if self.warm_start else None)
+        begin = getattr(self, "_fitted", None) if self.warm_start else None
+        found = self._train(rows, draw_seed(self.random_state), begin)
         if not found.converged:
             warnings.warn(
                 f"{type(self).__name__} had not converged after {found.n_iter} iterations; "
@@ -118,6 +118,11 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the trained model: what predicts is the mixture."""
         return {key: value for key, value in super().__getstate__().items() if key != "_fitted"}
+
+
+def draw_seed(random_state: Any) -> int:
+    """Return a seed from what scikit-learn takes for one; others may be counted on from it."""
+    return int(check_random_state(random_state).randint(np.iinfo(np.int32).max // 2))
 
 
 def in_units(fitted: Any) -> artifact.Mixture:
@@ -149,8 +154,7 @@ class Density(DensityMixin, Estimator):  # type: ignore[misc]
     def sample(self, n_samples: int = 1, random_state: Any = None) -> Array:
         """Draw rows, shape (n_samples, D)."""
         check_is_fitted(self)
-        seed = check_random_state(random_state).randint(np.iinfo(np.int32).max)
-        return self.mixture_.sample(np.random.default_rng(seed), n_samples)
+        return self.mixture_.sample(np.random.default_rng(draw_seed(random_state)), n_samples)
 
 
 class Classifier(ClassifierMixin, Estimator):  # type: ignore[misc]
@@ -240,8 +244,8 @@ class Cluster(ClusterMixin, Estimator):  # type: ignore[misc]
         if count == "auto":
             from cpmm_jax.direct_pipeline import count_clusters
 
-            seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max // 2))
-            return count_clusters(rows.x, weight=rows.weight, most=MOST_CLUSTERS, seed=seed)
+            settings: Any = {"most": MOST_CLUSTERS, "seed": draw_seed(self.random_state)}
+            return count_clusters(rows.x, weight=rows.weight, **settings)
         if not isinstance(count, int | np.integer) or not 1 <= count <= rows.total:
             raise ConfigError(
                 f"`n_clusters` must be 'auto' or a whole number from 1 to {rows.total}, the "

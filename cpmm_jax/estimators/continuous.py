@@ -41,6 +41,7 @@ class _Continuous(Estimator):
         from cpmm_jax.pipeline import fit_mixture
         from cpmm_jax.recipe import recommend
 
+        of_each = self.n_components
         best: Any = None
         for i in range(1 if begin is not None else self.n_init):
             recipe = recommend(
@@ -49,7 +50,7 @@ class _Continuous(Estimator):
                 rows.num_classes,
                 labelled=rows.y is not None,
                 clusters=rows.num_classes if rows.clusters else None,
-                components=self._components(rows),
+                components=None if of_each is None else of_each * rows.num_classes,
                 trajectories=self.n_trajectories,
                 rank=self.rank,
                 steps=self.max_iter,
@@ -74,20 +75,14 @@ class _Continuous(Estimator):
         result = best.result
         return Found(in_units(best), result.steps, result.converged, best)
 
-    def _components(self, rows: Rows) -> int | None:
-        """Return the number of components in all; None to leave it to the recipe."""
-        of_each = getattr(self, "n_components", None)
-        return None if of_each is None else of_each * rows.num_classes
-
 
 class CPMMDensity(Density, _Continuous):
     """The density of a table, as a mixture read off trajectories that share one field.
 
     Args:
-        n_components: components, of each class where there are such; None for a number that follows
-            from the rows and features.
-        n_trajectories: trajectories among which they divide; per class or cluster where there are
-            such.
+        n_components: components, of each class or cluster where there are such; None for a number
+            that follows from the rows and features.
+        n_trajectories: trajectories among which they divide.
         rank: factors of a component, R.
         curriculum: "none", "interpolant" or "flow": a map to a Gaussian along which to train first.
         max_iter: training steps.
@@ -139,12 +134,13 @@ class CPMMClassifier(Classifier, _Continuous):
 class CPMMCluster(Cluster, _Continuous):
     """Every cluster a mixture read off trajectories of one field.
 
-    The graph of nearest neighbours tells where clusters start (see `mixture.grouping`); a CPMM with
-    a class for each is then trained on all rows without labels.
+    The graph of nearest neighbours is cut into clusters (see `mixture.grouping`). A CPMM with a
+    class for each is then trained: on log p(x, cluster) of the rows whose neighbours are all of the
+    same one, and on log p(x) of those at borders, which Bayes' rule settles.
 
     Args:
         n_clusters: a number, or "auto" for what the Bayesian information criterion finds.
-        n_trajectories: of each cluster; this and the others as for `CPMMDensity`.
+        n_components: of each cluster; this and the others as for `CPMMDensity`.
 
     Attributes:
         labels_: the cluster of each training row.
@@ -164,6 +160,7 @@ class CPMMCluster(Cluster, _Continuous):
         self,
         n_clusters: int | str = 8,
         *,
+        n_components: int | None = None,
         n_trajectories: int | None = None,
         rank: int | None = None,
         curriculum: str = "none",
@@ -175,14 +172,17 @@ class CPMMCluster(Cluster, _Continuous):
         verbose: bool = False,
         random_state: Any = None,
     ) -> None:
+        super().__init__(
+            n_components,
+            n_trajectories=n_trajectories,
+            rank=rank,
+            curriculum=curriculum,
+            max_iter=max_iter,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            n_init=n_init,
+            warm_start=warm_start,
+            verbose=verbose,
+            random_state=random_state,
+        )
         self.n_clusters = n_clusters
-        self.n_trajectories = n_trajectories
-        self.rank = rank
-        self.curriculum = curriculum
-        self.max_iter = max_iter
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.n_init = n_init
-        self.warm_start = warm_start
-        self.verbose = verbose
-        self.random_state = random_state

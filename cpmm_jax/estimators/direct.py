@@ -41,7 +41,7 @@ class _Direct(Estimator):
         if rank is None:
             rank = default_rank(len(rows.x) / rows.num_classes, rows.x.shape[1])
         settings = DirectSettings(
-            components=1 if rows.clusters else getattr(self, "n_components", None),
+            components=getattr(self, "n_components", None),  # a clustering has its own
             rank=rank,
             method=self.method,
             max_iter=self.max_iter,

@@ -28,7 +28,7 @@ from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.initialise import default_noise_floor, kmeans_start
 from cpmm_jax.mixture.mfa import MFA, check_parameters
 from cpmm_jax.mixture.moves import improve
-from cpmm_jax.mixture.padding import pad_rows
+from cpmm_jax.mixture.padding import pad_rows, padded_size_of_few
 
 Start = Callable[..., MFA]
 TURN = 5  # iterations between two looks at whose examples are whose, where labels are missing
@@ -110,7 +110,8 @@ def fit_em(
     centred = np.subtract(rows, centre, dtype=rows.dtype).astype(dtype, copy=False)
     weight = weight.astype(dtype)
     if batch_size is None:
-        centred, weight = pad_rows(centred), pad_rows(weight)  # these weigh nothing
+        size = padded_size_of_few(len(rows))
+        centred, weight = pad_rows(centred, size), pad_rows(weight, size)  # of no weight
     data = jnp.asarray(centred), jnp.asarray(weight)
     settings: Any = {"constraints": constraints, "max_iter": max_iter}
 

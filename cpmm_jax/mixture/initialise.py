@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from cpmm_jax.mixture.checks import check_rows
 from cpmm_jax.mixture.density import map_blocks
 from cpmm_jax.mixture.mfa import MFA
-from cpmm_jax.mixture.padding import pad_rows
+from cpmm_jax.mixture.padding import pad_rows, padded_size_of_few
 
 FLOOR = 1e-4  # of a feature's variance: the least noise variance of a component
 ROUNDS = 30  # of k-means, at most
@@ -158,16 +158,14 @@ def kmeans(
     dtype = jax.dtypes.canonicalize_dtype(rows.dtype)
     centre = rows.mean(axis=0)
     centred = (rows - centre).astype(dtype)
-    every = jnp.asarray(pad_rows(centred))
-    count = jnp.int32(len(rows))
+    every, count = _padded(centred)
     rng = np.random.default_rng(seed)
     sample = min(len(rows), SEED_ROWS * num_clusters)
     best: Any = None
     for key in jax.random.split(jax.random.key(seed), restarts):
         seeds, own = every, count
         if sample < len(rows):
-            own = jnp.int32(sample)
-            seeds = jnp.asarray(pad_rows(centred[rng.choice(len(rows), sample, False)]))
+            seeds, own = _padded(centred[rng.choice(len(rows), sample, False)])
         found = _lloyd(every, count, _plus_plus(key, seeds, own, num_clusters))
         if best is None or float(found[2]) < float(best[2]):
             best = found
@@ -178,6 +176,12 @@ def kmeans(
         distance = np.sum((centred[largest] - centres[labels[largest[0]]]) ** 2, axis=1)
         labels[largest[np.argmax(distance)]] = k
     return centres + centre, labels
+
+
+def _padded(rows: npt.NDArray[Any]) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
+    """Return rows with padding, and how many are none."""
+    size = padded_size_of_few(len(rows))
+    return jnp.asarray(pad_rows(rows, size)), jnp.int32(len(rows))
 
 
 @partial(jax.jit, static_argnums=3)

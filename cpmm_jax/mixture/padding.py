@@ -7,20 +7,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-SMALLEST, SMALL = 256, 2048
+SMALLEST, SMALL = 256, 2048  # rows
+LARGE = 2**20  # rows from which memory counts for more than compiling
 
 
 def padded_size(n: int) -> int:
-    """Round a number of rows up to a power of two, from 256 to 2,048; larger ones stay.
+    """Round a number of rows up, where a row of padding costs memory but no work.
 
-    With many rows compiling counts for little beside the work that padding would add.
+    To a multiple of 2,048; of many rows by less than an eighth; of a million and more not at all.
+    """
+    if n >= LARGE:
+        return n
+    step = max(SMALL, 2 ** (n.bit_length() - 4))
+    return -(-n // step) * step
+
+
+def padded_size_of_few(n: int) -> int:
+    """Round up to a power of two, from 256 to 2,048, where a row of padding is work.
+
+    More rows stay as they are: compiling counts for little beside the work on them.
     """
     if n > SMALL:
         return n
     return max(SMALLEST, 1 << (n - 1).bit_length())
 
 
-def pad_rows(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Append rows of zeros up to `padded_size`; they have to be made to count for nothing."""
-    added = padded_size(len(array)) - len(array)
-    return np.pad(array, [(0, added)] + [(0, 0)] * (array.ndim - 1))
+def pad_rows(array: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
+    """Append rows of zeros, which must be made to count for nothing: (N, ...) -> (size, ...)."""
+    return np.pad(array, [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1))

@@ -15,7 +15,7 @@ from cpmm_jax.errors import ConfigError
 from cpmm_jax.mixture.em import polish
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.mfa import MFA
-from cpmm_jax.mixture.padding import pad_rows
+from cpmm_jax.mixture.padding import pad_rows, padded_size_of_few
 from cpmm_jax.models.cpmm import CPMM
 
 NUM_TIMES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -81,7 +81,7 @@ Mixture = TypeVar("Mixture", MFA, HierarchicalMFA)
 def _score(mixture: MFA | HierarchicalMFA, x: Any, y: Any, weight: Any = None) -> float:
     """Return the weighted mean of log p(x, y), or of log p(x) where y is not known."""
     rows = np.asarray(x)
-    padded = pad_rows(rows)  # compiled once for all small sets
+    padded = pad_rows(rows, padded_size_of_few(len(rows)))
     if y is None or isinstance(mixture, MFA):
         log_prob = np.asarray(mixture.log_prob(padded))[: len(rows)]
         return float(np.average(log_prob, weights=weight))

@@ -15,6 +15,7 @@ from cpmm_jax.data.checks import check_enough_rows, check_examples, check_labels
 from cpmm_jax.data.dataset import Dataset, split
 from cpmm_jax.errors import ConfigError, DataError
 from cpmm_jax.mixture.checks import check_weight
+from cpmm_jax.mixture.padding import pad_rows, padded_size
 from cpmm_jax.training.config import TrainConfig
 from cpmm_jax.training.step import Examples
 
@@ -110,22 +111,9 @@ def prepare(
             "none; give `x_valid` or a `valid_fraction` above 0."
         )
     num_examples = len(data.x_train)
-    padding = padded_size(num_examples) - num_examples
-    parts = (data.x_train, data.y_train, data.weight_train)
-    padded = [None if a is None else np.pad(a, [(0, padding), (0, 0)][: a.ndim]) for a in parts]
+    parts, size = (data.x_train, data.y_train, data.weight_train), padded_size(num_examples)
+    padded = [None if part is None else pad_rows(part, size) for part in parts]
     return Data(_on_device(dtype, *padded), num_examples, valid)
-
-
-def padded_size(num_examples: int) -> int:
-    """Round a number of rows up, so that few sizes, and few compiled programs, serve all data.
-
-    Small data are padded to a multiple of 2,048 rows; large ones by less than an eighth, and from
-    a million rows on not at all, since there memory counts for more than compiling.
-    """
-    if num_examples >= 2**20:
-        return num_examples
-    step = max(2048, 2 ** (num_examples.bit_length() - 4))
-    return -(-num_examples // step) * step
 
 
 def _on_device(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,6 @@ def _read(name: str, data_dir: Path | None) -> Dataset:
 
 
 def _with_common_classes(data: Dataset) -> Dataset:
-    from dataclasses import replace
-
     if data.y_train is None:
         raise DataError(f"{data.name!r} must have labels; got none; choose another set.")
     counts = np.bincount(data.y_train)

@@ -21,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import cpmm_jax as cpmm
-from cpmm_jax.errors import ConfigError, DataError
+from cpmm_jax.errors import ConfigError, DataError, DataWarning
 
 Y = np.arange(240) % 3
 X = np.random.default_rng(0).normal(size=(240, 2)) * [1.0, 100.0] + 6 * np.stack(
@@ -171,3 +171,18 @@ def test_a_fit_that_has_not_ended_says_so() -> None:
 def test_bad_input(model: Any, given: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         model.fit(*given)
+
+
+@pytest.mark.parametrize("model", CLUSTERS, ids=name)
+def test_of_fewer_different_rows_there_are_fewer_clusters(model: Any) -> None:
+    few = np.repeat([[1.0, 3.0], [2.0, 1.0], [3.0, 3.0], [4.0, 1.0]], 4, axis=0)
+    with pytest.warns(DataWarning, match="4 rows are different, and `n_clusters` is 8"):
+        fitted = clone(model).set_params(n_clusters=8).fit(few)
+    assert fitted.n_clusters_ <= 4
+    assert len(np.unique(fitted.labels_)) == fitted.n_clusters_
+
+
+def test_a_clustering_that_goes_on_is_kept() -> None:
+    model = cpmm.CPMMCluster(3, **QUICK, warm_start=True).fit(X)
+    before = model.labels_
+    assert (model.fit(X).labels_ == before).mean() > 0.97

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cpmm_jax.mixture.em import fit_em
 from cpmm_jax.mixture.initialise import (
     default_noise_floor,
     kmeans,
@@ -71,3 +72,13 @@ def test_ranks(rank: int) -> None:
     x, _ = clusters()
     assert kmeans_start(x, 2, rank, seed=0).loadings.shape == (2, 3, rank)
     assert random_start(x, 2, rank, seed=0).loadings.shape == (2, 3, rank)
+
+
+def test_rows_of_padding_are_no_examples(rng: np.random.Generator) -> None:
+    """Half way between two groups, 212 of them would draw both centres to the middle."""
+    x = (rng.normal(size=(300, 2)) + 100.0 * (np.arange(300) % 2)[:, None]).astype(np.float32)
+    centres, labels = kmeans(x, 2, seed=0)
+    assert labels.shape == (300,)
+    np.testing.assert_allclose(np.sort(centres[:, 0]), [0, 100], atol=1.0)
+    result = fit_em(x, 2, 1, seed=0)
+    np.testing.assert_allclose(result.mixture.mean(), x.mean(axis=0), rtol=1e-4)

@@ -15,8 +15,9 @@ from flax import nnx
 
 from cpmm_jax.data.batches import batch_indices
 from cpmm_jax.errors import ConfigError, DataError, RunError
-from cpmm_jax.training.inputs import padded_size, prepare
-from cpmm_jax.training.loop import fit
+from cpmm_jax.mixture.padding import padded_size
+from cpmm_jax.training.inputs import prepare
+from cpmm_jax.training.loop import FitResult, fit
 from cpmm_jax.training.step import run_block
 from tests.training.stand_in import QUICK, FreeMixture, planted, planted_log_prob, start
 
@@ -311,3 +312,18 @@ def test_sizes_are_few_and_padding_is_small() -> None:
     for n in (1, 2048, 5000, 123_456, 999_999, 2**20, 2**20 + 1):
         assert n <= padded_size(n) <= max(2048, n + max(2048, n / 8))
     assert padded_size(2**20 + 1) == 2**20 + 1
+
+
+@pytest.mark.parametrize(
+    ("scores", "converged"), [((-3.0, -2.0, -1.999), True), ((-3.0, -2.0, -1.9), False)]
+)
+def test_a_fit_has_converged_where_its_end_gained_little(
+    scores: tuple[float, ...], *, converged: bool
+) -> None:
+    reports = [
+        {"step": step, "valid_log_likelihood": score}
+        for step, score in zip((80, 90, 100), scores, strict=True)
+    ]
+    counts = {"steps": 100, "refused": 0, "seconds": 1.0, "compile_seconds": 0.0}
+    found = FitResult(None, None, tuple(reports), 100, max(scores), stopped="finished", **counts)
+    assert found.converged is converged
