@@ -139,3 +139,6 @@ def test_a_weight_stands_for_rows() -> None:
     np.testing.assert_allclose(weighted.shift, repeated.shift)
     np.testing.assert_allclose(weighted.scale, repeated.scale)
     assert weighted.resolution[1] == repeated.resolution[1] == 1.0
+    alone = np.arange(5.0)[:, None]  # no row twice, and yet on a grid
+    assert Standardizer.fit(alone, weight=np.full(5, 100.0)).resolution.tolist() == [1.0]
+    assert Standardizer.fit(alone).resolution.tolist() == [0.0]

@@ -12,7 +12,7 @@ import pytest
 
 from cpmm_jax.errors import ConfigError, DataError
 from cpmm_jax.mixture.em import fit_em, fit_em_stream, polish
-from cpmm_jax.mixture.em_steps import Constraints
+from cpmm_jax.mixture.em_steps import Constraints, expect, maximise
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.initialise import kmeans_start, random_start
 from cpmm_jax.mixture.mfa import MFA
@@ -259,12 +259,17 @@ def test_constraints_are_compared_by_value() -> None:
 
 
 def test_a_component_without_examples_keeps_a_finite_weight() -> None:
-    """Such a weight underflows, and its logarithm could not be stored."""
-    far = MFA(
-        jnp.array([0.0, -800.0]),
-        jnp.array([[0.0, 0.0], [1e4, 1e4]]),
-        jnp.zeros((2, 2, 0)),
-        jnp.zeros((2, 2)),
-    )
-    result = fit_em(X[:, :2], start=far, max_iter=3)
-    assert np.isfinite(result.mixture.logits).all()
+    """The weight underflows, and its logarithm could not be stored."""
+    with jax.enable_x64(True):
+        far = MFA(
+            jnp.zeros(2),
+            jnp.array([[0.0, 0.0], [1e6, 1e6]]),
+            jnp.zeros((2, 2, 0)),
+            jnp.zeros((2, 2)),
+        )
+        statistics = expect(far, jnp.asarray(X[:, :2]), jnp.ones(len(X)), 64)
+        assert statistics.count[1] == 0.0
+        step = jax.jit(maximise, static_argnums=3)
+        logits = step(statistics, far, jnp.full(2, 1e-3), Constraints()).logits
+        assert np.isfinite(logits).all()
+        assert np.isfinite(np.asarray(logits, np.float32)).all()

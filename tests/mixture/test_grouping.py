@@ -67,10 +67,14 @@ def test_few_labels_spread_along_the_rings(rng: np.random.Generator, *, weighted
     np.testing.assert_array_equal(spread_labels(x, partly, 2, weight=weight), y)
 
 
-def test_known_labels_stay(rng: np.random.Generator) -> None:
-    x, y = rings(rng)
+@pytest.mark.parametrize("most", [20_000, 30])
+def test_known_labels_stay(
+    rng: np.random.Generator, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouping, "MOST_ROWS", most)
+    x, _ = rings(rng)
     partly = np.full(300, -1)
-    partly[:40] = 1 - y[:40]  # wrong, but given
+    partly[:40] = (np.arange(40) // 4) % 2  # right or wrong, but given
     np.testing.assert_array_equal(spread_labels(x, partly, 2)[:40], partly[:40])
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cpmm_jax.mixture.em import fit_em
 from cpmm_jax.mixture.initialise import (
+    _plus_plus,
     default_noise_floor,
     kmeans,
     kmeans_start,
     random_start,
 )
+from cpmm_jax.mixture.padding import pad_rows
 
 
 def clusters(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -82,3 +86,6 @@ def test_rows_of_padding_are_no_examples(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(np.sort(centres[:, 0]), [0, 100], atol=1.0)
     result = fit_em(x, 2, 1, seed=0)
     np.testing.assert_allclose(result.mixture.mean(), x.mean(axis=0), rtol=1e-4)
+    some = jnp.asarray(pad_rows(x[:6], 256))
+    seeds = _plus_plus(jax.random.key(0), some, jnp.int32(6), 6)
+    np.testing.assert_array_equal(np.unique(seeds, axis=0), np.unique(x[:6], axis=0))
