@@ -158,6 +158,7 @@ class Training:
             max_refused=jnp.int32(config.max_refused),
             schedule=learning_rate_schedule(config),
             position=jnp.float32(0),
+            discriminative=jnp.float32(0),
         )
         self.state = initial_state(self.plan.optimizer, self.parts.params)
         self.done = 0

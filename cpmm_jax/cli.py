@@ -9,12 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import secrets
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,11 +25,11 @@ from cpmm_jax.data.checks import show_path
 from cpmm_jax.data.readers import FILE_KINDS
 from cpmm_jax.errors import ConfigError, CpmmError, DataWarning, FlowWarning, RunError
 from cpmm_jax.evaluate import evaluate
+from cpmm_jax.output import check_new, is_csv, write_columns, write_file
 from cpmm_jax.recipe import CURRICULA
 from cpmm_jax.run import Run, Source, fit_run, open_run, read_examples
 
 _DATA_HELP = f"a built-in name ({', '.join(BUILTIN_NAMES)}) or the path of an {FILE_KINDS}"
-_OUT_KINDS = (".csv", ".npz")
 _CALLS = "function_evaluations"
 
 
@@ -65,6 +63,16 @@ def _rate(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number in [0, 1]; got {text!r}")
+    return value
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = _Parser(
@@ -92,14 +100,25 @@ def build_parser() -> argparse.ArgumentParser:
     whole = {
         "components": (1, "TOTAL", "components of the extracted mixture in total"),
         "trajectories": (1, "S", "trajectories of each class; without labels, in all"),
+        "clusters": (1, "C", "clusters to find in DATA; default: none, a density"),
         "rank": (0, "R", "factors of each component"),
         "steps": (1, "N", "training steps"),
         "batch-size": (1, "N", "examples in a step"),
     }
     for name, (least, metavar, text) in whole.items():
         fit.add_argument(
-            f"--{name}", type=_at_least(least), metavar=metavar, help=f"{text}; default: from DATA"
+            f"--{name}",
+            type=_at_least(least),
+            metavar=metavar,
+            help=text if "default" in text else f"{text}; default: from DATA",
         )
+    fit.add_argument(
+        "--discriminative",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="with labels, the share of log p(x) taken from the objective; default: 0",
+    )
     fit.add_argument(
         "--curriculum", choices=CURRICULA, default="none", help="train towards DATA along a map"
     )
@@ -211,7 +230,9 @@ def _fit(arguments: argparse.Namespace) -> None:
         progress=False if arguments.quiet else None,
         components=arguments.components,
         trajectories=arguments.trajectories,
+        clusters=arguments.clusters,
         rank=arguments.rank,
+        discriminative=arguments.discriminative,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
@@ -240,7 +261,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         "log_prob": log_prob,
         **{f"p({name})": p for name, p in zip(names, np.exp(joint.T - log_prob), strict=True)},
     }
-    _write_columns(arguments.out, columns, overwrite=arguments.overwrite)
+    write_columns(arguments.out, columns, overwrite=arguments.overwrite)
     print(f"{len(log_prob)} predictions ({examples.part}) are in {arguments.out}.")
 
 
@@ -248,8 +269,8 @@ def _sample(arguments: argparse.Namespace) -> None:
     mixture = open_run(arguments.folder).mixture
     x = mixture.sample(np.random.default_rng(arguments.seed), arguments.n)
     names = mixture.feature_names or tuple(f"x{j}" for j in range(mixture.dim))
-    columns = dict(zip(names, x.T, strict=True)) if _is_csv(arguments.out) else {"x": x}
-    _write_columns(arguments.out, columns, overwrite=arguments.overwrite)
+    columns = dict(zip(names, x.T, strict=True)) if is_csv(arguments.out) else {"x": x}
+    write_columns(arguments.out, columns, overwrite=arguments.overwrite)
     print(f"{arguments.n} samples are in {arguments.out}.")
 
 
@@ -275,7 +296,7 @@ def _export(arguments: argparse.Namespace) -> None:
     if Path(arguments.out).suffix != ".npz":
         raise RunError(f"FILE must end in .npz; got {show_path(arguments.out)}; rename it.")
     source = run.path / "mixture.npz"
-    _write_file(arguments.out, lambda part: shutil.copyfile(source, part), arguments.overwrite)
+    write_file(arguments.out, lambda part: shutil.copyfile(source, part), arguments.overwrite)
     print(f"The mixture is in {arguments.out}. Read it with cpmm_jax.artifact.load: NumPy alone.")
 
 
@@ -284,7 +305,7 @@ def _bench_solvers(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:  # now, not after minutes
         if Path(arguments.out).suffix != ".json":
             raise RunError(f"--out must end in .json; got {show_path(arguments.out)}; rename it.")
-        _check_new(Path(arguments.out), arguments.overwrite)
+        check_new(Path(arguments.out), arguments.overwrite)
     from cpmm_jax.plotting import plot_work_precision, save_figure
     from cpmm_jax.solver_study import compare_solvers, recommend_solver
 
@@ -301,7 +322,7 @@ def _bench_solvers(arguments: argparse.Namespace) -> None:
             "measurements": records,
         }
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-        _write_file(arguments.out, lambda part: part.write_text(text), arguments.overwrite)
+        write_file(arguments.out, lambda part: part.write_text(text), arguments.overwrite)
     try:
         print(save_figure(plot_work_precision(records), run.path / "figures" / "solvers.png"))
     except ConfigError as error:  # the table is there
@@ -335,64 +356,6 @@ def _solver_table(records: Sequence[dict[str, Any]]) -> str:
         others = f" and {len(names) - 3} others" if len(names) > 3 else ""
         lines.append(f"{'; '.join(names[:3])}{others}: {result}")
     return "\n".join(lines)
-
-
-def _is_csv(out: str) -> bool:
-    suffix = Path(out).suffix.lower()
-    if suffix not in _OUT_KINDS:
-        raise RunError(
-            f"--out must name a file ending in {' or '.join(_OUT_KINDS)}; got {show_path(out)}; "
-            "rename it."
-        )
-    return suffix == ".csv"
-
-
-def _write_columns(out: str, columns: dict[str, npt.NDArray[Any]], *, overwrite: bool) -> None:
-    """Write named arrays as an .npz, or as the columns of a .csv."""
-    if not _is_csv(out):
-        _write_file(out, lambda part: _save_npz(part, columns), overwrite)
-        return
-
-    def save_csv(part: Path) -> None:
-        import csv
-
-        with part.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(columns)
-            writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
-
-    _write_file(out, save_csv, overwrite)
-
-
-def _save_npz(part: Path, columns: dict[str, npt.NDArray[Any]]) -> None:
-    with part.open("wb") as stream:
-        np.savez(stream, **columns)  # type: ignore[arg-type]
-
-
-def _check_new(path: Path, overwrite: bool) -> None:
-    if path.exists() and (not overwrite or path.is_dir()):
-        raise RunError(
-            f"{show_path(path)} must not exist yet; got one; choose another name, or replace a "
-            "file with `--overwrite`."
-        )
-
-
-def _write_file(out: str, write: Callable[[Path], object], overwrite: bool) -> None:
-    """Write a file beside its place and move it there when it is complete."""
-    path = Path(out)
-    _check_new(path, overwrite)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    except OSError as error:
-        raise RunError(
-            f"{show_path(path)} must be in a folder that can be written; "
-            f"got {error.strerror or error}; choose another name."
-        ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 if __name__ == "__main__":

@@ -113,6 +113,7 @@ def fit_mixture(
         batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
         patience=recipe.patience,
+        discriminative=recipe.discriminative,
         seed=recipe.seed,
     )
     if begin is None:
@@ -122,7 +123,7 @@ def fit_mixture(
         sizes = ("num_classes", "num_trajectories", "num_times", "train_times")
         recipe = replace(recipe, **{size: getattr(begin.recipe, size) for size in sizes})
         recipe = replace(recipe, divisions=(), refit=False)
-    floor = standardizer.noise_floor()
+    floor = np.maximum(standardizer.noise_floor(), recipe.least_noise)
     data = Dataset("z", standardizer.transform(x_train), y_train, weight_train=weight)
     if x_valid is None:  # the rows that `fit` would take
         read = recipe.num_classes * recipe.num_trajectories * recipe.num_times

@@ -10,6 +10,7 @@ from cpmm_jax.errors import ConfigError
 LONGEST_LOCAL = 16  # times; a longer trajectory must cross the data, and starts at an example
 DIVISIONS = (1, 2, 4, 8)  # lengths of trajectories that are tried
 CURRICULA = ("none", "interpolant", "flow")
+WIDE_NOISE = 0.1  # least noise variance of a classifier's components
 REFIT_BELOW = 5000  # rows under which a validation part is too much to leave out of the fit
 
 
@@ -30,6 +31,10 @@ class Recipe:
         local_start: whether trajectories start as the components of a mixture fitted by EM, one
             for each, and move little at first; else at examples, and move across the data.
         polish: whether EM goes on from the extracted mixture, as long as validation gains.
+        discriminative: with labels, the share of log p(x) that is taken from log p(x, y); what is
+            left tells the classes apart the better, and describes the examples the less.
+        least_noise: smallest noise variance of a component, of standardised features; besides that
+            which the resolution of the data sets.
         curriculum: along which map to a Gaussian to train first: "none", "interpolant", or "flow",
             one that is trained by flow matching.
         tails: probability of the broad twin that every component is given after training (see
@@ -53,6 +58,8 @@ class Recipe:
     divisions: tuple[int, ...]
     local_start: bool
     polish: bool
+    discriminative: float
+    least_noise: float
     curriculum: str
     tails: float
     widths: tuple[int, ...]
@@ -84,6 +91,7 @@ def recommend(
     steps: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
+    discriminative: float = 0.0,
     curriculum: str = "none",
     seed: int = 0,
 ) -> Recipe:
@@ -108,6 +116,8 @@ def recommend(
         steps: training steps.
         batch_size: examples in a step.
         learning_rate: highest learning rate.
+        discriminative: with labels, the share of log p(x) that is taken from the objective. Above
+            0, components are wide: narrow ones are too sure of the class of what lies near them.
         curriculum: "none", "interpolant" or "flow".
         seed: seed of everything random.
 
@@ -138,6 +148,16 @@ def recommend(
     if curriculum not in CURRICULA:
         raise ConfigError(
             f"`curriculum` must be one of {', '.join(CURRICULA)}; got {curriculum!r}."
+        )
+    if not 0 <= discriminative <= 1 or (discriminative and not labelled):
+        raise ConfigError(
+            "`discriminative` must be a share of log p(x) in [0, 1], and 0 without labels; got "
+            f"{discriminative} {'with' if labelled else 'without'} labels; 0.9 is a good start for "
+            "a classifier."
+        )
+    if labelled and clusters is not None:
+        raise ConfigError(
+            f"`clusters` must be None where labels are trained on; got {clusters}; leave one out."
         )
     grouped = labelled or clusters is not None
     classes = (clusters or num_classes) if grouped else 1
@@ -171,7 +191,9 @@ def recommend(
         rank=rank,
         divisions=divisions,
         local_start=local_start and times <= LONGEST_LOCAL,
-        polish=not labelled or _ample(rows, dim),
+        polish=not labelled or (_ample(rows, dim) and not discriminative),
+        discriminative=discriminative,
+        least_noise=WIDE_NOISE if discriminative else 0.0,
         curriculum=curriculum,
         tails=tails,
         widths=(128, 128) if dim < 16 else (256, 256),

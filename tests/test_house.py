@@ -32,6 +32,7 @@ ROOMS = [
     "solver_study",
     "run",
     "estimators",
+    "output",
     "cli",
 ]
 MAX_LINES = 400

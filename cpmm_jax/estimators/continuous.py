@@ -10,6 +10,8 @@ from cpmm_jax.estimators.base import Classifier, Cluster, Density, Estimator, Fo
 class _Continuous(Estimator):
     """Fit by a CPMM."""
 
+    discriminative = 0.0
+
     def __init__(
         self,
         n_components: int | None = None,
@@ -56,6 +58,7 @@ class _Continuous(Estimator):
                 steps=self.max_iter,
                 batch_size=self.batch_size,
                 learning_rate=self.learning_rate,
+                discriminative=self.discriminative,
                 curriculum=self.curriculum,
                 seed=seed + i,
             )
@@ -114,10 +117,16 @@ class CPMMDensity(Density, _Continuous):
 class CPMMClassifier(Classifier, _Continuous):
     """Every class a mixture read off trajectories of one field; told apart by Bayes' rule.
 
-    Args and other attributes as for `CPMMDensity`.
+    Args:
+        n_components: of each class; this and the others as for `CPMMDensity`.
+        discriminative: the share of log p(x) that is taken from the objective log p(x, y), in
+            [0, 1]. Without it, what `score_samples` and `sample` tell of the rows of a class is
+            better; with most of it, `predict_proba` is, and rows without a label count as much
+            less as is taken away.
 
     Attributes:
-        classes_: the labels, in the order of the columns of `predict_proba`.
+        classes_: the labels, in the order of the columns of `predict_proba`; others as for
+            `CPMMDensity`.
 
     Example:
         >>> import numpy as np
@@ -127,8 +136,40 @@ class CPMMClassifier(Classifier, _Continuous):
         >>> model.predict([[-2.0, 0.0], [2.0, 0.0]]).tolist()
         ['left', 'right']
 
-    Source: CPMM paper, section 3.2.
+    Source: CPMM paper, section 3.2; Bouchard and Triggs, "The tradeoff between generative and
+    discriminative classifiers" (2004).
     """
+
+    def __init__(
+        self,
+        n_components: int | None = None,
+        *,
+        n_trajectories: int | None = None,
+        rank: int | None = None,
+        discriminative: float = 0.9,
+        curriculum: str = "none",
+        max_iter: int | None = None,
+        batch_size: int | None = None,
+        learning_rate: float | None = None,
+        n_init: int = 1,
+        warm_start: bool = False,
+        verbose: bool = False,
+        random_state: Any = None,
+    ) -> None:
+        super().__init__(
+            n_components,
+            n_trajectories=n_trajectories,
+            rank=rank,
+            curriculum=curriculum,
+            max_iter=max_iter,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            n_init=n_init,
+            warm_start=warm_start,
+            verbose=verbose,
+            random_state=random_state,
+        )
+        self.discriminative = discriminative
 
 
 class CPMMCluster(Cluster, _Continuous):

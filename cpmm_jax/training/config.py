@@ -37,6 +37,8 @@ class TrainConfig:
             mixture extracted at more times is no worse, and few draws regularise.
         valid_times: grid points of the validation; None for `num_times`.
         time_sampler: how pseudotimes are drawn, `(key, num_times) -> (num_times,)`; hashable.
+        discriminative: with labels, the share of log p(x) that is taken from the objective
+            log p(x, y), in [0, 1]; at 1 it is log p(y | x), the objective of a classifier.
         report_every: steps between reports (validation, metrics, progress); all of them run in one
             call on the device.
         patience: reports without a better validation score before `fit` stops; None for never.
@@ -62,6 +64,7 @@ class TrainConfig:
     num_times: int = 8
     valid_times: int | None = None
     time_sampler: TimeSampler = field(default_factory=StratifiedTimes)
+    discriminative: float = 0.0
     report_every: int = 100
     patience: int | None = None
     valid_fraction: float = 0.1
@@ -87,6 +90,9 @@ class TrainConfig:
         )
         _check_real(
             "valid_fraction", self.valid_fraction, "a fraction in [0, 1)", lambda v: 0 <= v < 1
+        )
+        _check_real(
+            "discriminative", self.discriminative, "a share in [0, 1]", lambda v: 0 <= v <= 1
         )
         if self.clip_norm is not None:
             rule = "a finite number > 0, or None for no clipping"

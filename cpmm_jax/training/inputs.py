@@ -88,6 +88,10 @@ def prepare(
             f"what is trained; got {_given(y=y, x_valid=x_valid, y_valid=y_valid)}; "
             "add what is missing or leave the labels out."
         )
+    if config.discriminative and y is None:
+        raise ConfigError(
+            f"`discriminative` must be 0 without labels; got {config.discriminative}; give `y`."
+        )
     dtype = jnp.result_type(*jax.tree.leaves(params))
     data = Dataset("x", *_checked(model, dtype, x, y, "x", "y"))
     own = check_weight(weight, len(data.x_train))

@@ -111,9 +111,10 @@ def fit(
     result.
 
     Each report holds `step`, `loss` (mean over the accepted steps since the last report),
-    `valid_log_likelihood` (nats per example, of what is trained on: log p(x, y) with labels, else
-    log p(x); uniform grid of `valid_times` pseudotimes), `learning_rate` (None if unknown),
-    `grad_norm`, `ode_steps` (means too), `refused` (steps so far), `examples_per_second`,
+    `valid_log_likelihood` (nats per example, of what is trained on: log p(x, y) with labels, less
+    the share of log p(x) that `config.discriminative` takes, else log p(x); uniform grid of
+    `valid_times` pseudotimes), `learning_rate` (None if unknown), `grad_norm`, `ode_steps` (means
+    too), `refused` (steps so far), `examples_per_second`,
     `seconds` (since the start). Under a curriculum each also holds `v`, the position of its stage,
     where the scores before the last stage are those of the data carried there; the best parameters
     and early stopping are looked for in the last stage, v = 0, alone.
@@ -194,6 +195,7 @@ class _Run:
             max_refused=jnp.int32(config.max_refused),
             schedule=learning_rate_schedule(config) if optimizer is None else None,
             position=jnp.float32(self.stages.v),
+            discriminative=jnp.float32(config.discriminative),
         )
         self.plan = Plan(
             parts.graphdef,
@@ -318,7 +320,8 @@ class _Run:
 
     def _score_arguments(self) -> tuple[Any, ...]:
         parts, times = self.parts, self.config.valid_times or self.config.num_times
-        return parts.graphdef, self.state.params, parts.fixed, self.stages.valid, times
+        share = self.settings.discriminative
+        return parts.graphdef, self.state.params, parts.fixed, self.stages.valid, times, share
 
     def _run_until(self, stop: int) -> BlockTotals:
         self.state, totals = run_block(*self._block_arguments(stop))

@@ -52,8 +52,13 @@ def negative_log_likelihood(
     x: Float[Array, "N D"],
     y: Int[Array, " N"] | None = None,
     weight: Float[Array, " N"] | None = None,
+    discriminative: Float[Array, ""] | float = 0.0,
 ) -> tuple[Float[Array, ""], Diagnostics]:
     """Compute the mean of -log p(x, y), or of -log p(x) where there is no label.
+
+    With labels, `discriminative` takes away that share of log p(x): the more of it, the less the
+    mixture describes the examples and the more it tells their classes apart. At 1 what remains is
+    log p(y | x), the objective of a classifier.
 
     Args:
         model: answers `read(times)`.
@@ -62,12 +67,14 @@ def negative_log_likelihood(
         y: class codes, shape (N,), -1 where the class is not known; None where none is.
         weight: how much each example counts, shape (N,), one on average over all data; None for
             all alike.
+        discriminative: lambda in [0, 1], of log p(x, y) - lambda log p(x); 0 without labels.
 
     Returns:
         The loss in nats per example, and the diagnostics of the solve.
 
     Source: CPMM paper, Eq. 5 (without labels) and section 3.2 (with labels; those not known
-    are summed out).
+    are summed out); Bouchard and Triggs, "The tradeoff between generative and discriminative
+    classifiers" (2004), for what lies between.
     """
     reading = model.read(times)
     if y is None:
@@ -75,7 +82,8 @@ def negative_log_likelihood(
     else:
         joint = reading.mixture.class_log_prob(x)
         known = jnp.take_along_axis(joint, jnp.maximum(y, 0)[:, None], axis=1)[:, 0]
-        log_prob = jnp.where(y < 0, jax.nn.logsumexp(joint, axis=1), known)
+        total = jax.nn.logsumexp(joint, axis=1)
+        log_prob = jnp.where(y < 0, total, known) - discriminative * total
     if weight is not None:
         log_prob = weight * log_prob
     return -jnp.mean(log_prob), Diagnostics(reading.num_steps, reading.result)

@@ -64,6 +64,7 @@ class Settings(NamedTuple):
         max_refused: refused steps in a row that are borne.
         schedule: learning rate by number of updates; None for an optimiser that has its own.
         position: v, where a curriculum draws.
+        discriminative: see `negative_log_likelihood`.
     """
 
     keys: Array
@@ -71,6 +72,7 @@ class Settings(NamedTuple):
     max_refused: Int[Array, ""]
     schedule: Schedule | None
     position: Float[Array, ""]
+    discriminative: Float[Array, ""]
 
 
 def make_keys(seed: int) -> Array:
@@ -98,7 +100,7 @@ def training_step(
     """
     batch_key, times_key, noise_key = settings.keys
     rows = batch_indices(batch_key, state.step, plan.batch_size, settings.num_examples)
-    batch = jax.tree.map(lambda leaf: leaf[rows], train)
+    batch: Examples = jax.tree.map(lambda leaf: leaf[rows], train)
     times = plan.time_sampler(jax.random.fold_in(times_key, state.step), plan.num_times)
     if plan.curriculum is not None:
         noise_key = jax.random.fold_in(noise_key, state.step)
@@ -106,7 +108,7 @@ def training_step(
 
     def objective(params: Any) -> Any:
         model = nnx.merge(plan.graphdef, params, fixed)
-        return negative_log_likelihood(model, times, *batch)
+        return negative_log_likelihood(model, times, *batch, discriminative=settings.discriminative)
 
     (loss, solve), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
     return advance(plan.optimizer, settings.schedule, state, loss, solve, grads)
@@ -131,7 +133,12 @@ def run_block(
 
 @partial(jax.jit, static_argnames=("graphdef", "num_times"))
 def validation_score(
-    graphdef: Any, params: Any, fixed: Any, valid: Examples, num_times: int
+    graphdef: Any,
+    params: Any,
+    fixed: Any,
+    valid: Examples,
+    num_times: int,
+    discriminative: Float[Array, ""],
 ) -> Float[Array, ""]:
     """Compute the mean log-likelihood of the mixture on the uniform grid of T pseudotimes.
 
@@ -140,5 +147,5 @@ def validation_score(
     """
     model = nnx.merge(graphdef, params, fixed)
     times = GridTimes()(jax.random.key(0), num_times)
-    loss, solve = negative_log_likelihood(model, times, *valid)
+    loss, solve = negative_log_likelihood(model, times, *valid, discriminative=discriminative)
     return jnp.where(solve.ok, -loss, jnp.nan)

@@ -99,6 +99,20 @@ FIT: dict[str, tuple[Make, list[str], int, str]] = {
         "multiple of classes x trajectories.*got 5",
     ),
     "rate": (_npy(lambda x: x), ["--learning-rate", "0"], 2, "a number > 0; got '0'"),
+    "share": (_npy(lambda x: x), ["--discriminative", "2"], 2, r"in \[0, 1\]; got '2'"),
+    "share of nothing": (
+        _npy(lambda x: x),
+        ["--discriminative", "0.5"],
+        1,
+        "0 without labels; got 0.5 without labels",
+    ),
+    "labels and clusters": (
+        _npz(x=GOOD, y=Y),
+        ["--labels", "--clusters", "3"],
+        1,
+        "`clusters` must be None where labels are trained on; got 3",
+    ),
+    "many clusters": (_npy(lambda x: x), ["--clusters", "61"], 1, "as many rows as"),
     "unknown option": (_npy(lambda x: x), ["--rnk", "2"], 2, "unrecognized arguments: --rnk"),
 }
 

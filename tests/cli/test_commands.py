@@ -57,6 +57,29 @@ def test_a_curriculum_leaves_its_flow_for_the_next_run(
     assert positions == sorted(positions, reverse=True) and positions[-1] == 0
 
 
+def test_clusters_are_found_without_labels(table: Path, cpmm: Cpmm, tmp_path: Path) -> None:
+    data = np.genfromtxt(table, delimiter=",", skip_header=1, usecols=(0, 2))
+    np.savez(tmp_path / "x.npz", x=data, y=np.arange(len(data)) % 2)
+    settings = [*SETTINGS, "--clusters", "2", "--out", tmp_path / "run"]
+    answer = cpmm("fit", tmp_path / "x.npz", *settings)
+    assert (answer.code, answer.err) == (0, "")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["nmi"] > 0.9 and "accuracy" not in metrics
+    assert artifact.load(tmp_path / "run" / "mixture.npz").num_classes == 2
+
+
+def test_a_share_of_the_objective_is_kept_with_the_run(
+    table: Path, cpmm: Cpmm, tmp_path: Path
+) -> None:
+    settings = [*SETTINGS, "--label", "kind", "--discriminative", "0.9"]
+    assert cpmm("fit", table, *settings, "--out", tmp_path / "run").code == 0
+    recipe = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]
+    assert (recipe["discriminative"], recipe["least_noise"]) == (0.9, 0.1)
+    noise = np.exp(artifact.load(tmp_path / "run" / "mixture.npz").log_noise)
+    spread = np.genfromtxt(table, delimiter=",", skip_header=1, usecols=(0, 2)).var(axis=0)
+    assert (noise.reshape(-1, 2).min(axis=0) > 0.08 * spread).all()
+
+
 def test_a_run_tells_how_its_components_were_divided_in_the_end(
     cpmm: Cpmm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,8 @@ def test_defaults_are_good_and_hashable() -> None:
         ("learning_rate", float("nan")),
         ("learning_rate", "fast"),
         ("final_learning_rate", 1.1),
+        ("discriminative", 1.1),
+        ("discriminative", "all"),
         ("clip_norm", 0.0),
         ("valid_fraction", 1.0),
         ("valid_fraction", -0.1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import cpmm_jax as cpmm
-from cpmm_jax.errors import DataError
+from cpmm_jax.errors import ConfigError, DataError
 from cpmm_jax.mixture.em import fit_em, polish
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.models.direct import DirectMFA
@@ -45,6 +46,36 @@ def test_a_class_that_is_not_known_is_summed_out() -> None:
     partly = jnp.asarray(np.where(known, GROUPS, -1))
     parts = [loss(X[known], GROUPS[known]), loss(X[~known])]
     assert loss(X, partly) == pytest.approx(np.average(parts, weights=[100, 300]), rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_share_of_log_p_x_is_taken_away(share: float) -> None:
+    joint = np.asarray(classes().class_log_prob(X), np.float64)
+    total = np.logaddexp.reduce(joint, axis=1)
+    known = np.arange(400) < 100
+    each = np.where(known, joint[np.arange(400), GROUPS], total) - share * total
+    partly = jnp.asarray(np.where(known, GROUPS, -1))
+    assert loss(X, partly, None, share) == pytest.approx(-each.mean(), rel=1e-4)
+
+
+def test_what_is_left_tells_the_classes_apart_the_better() -> None:
+    """Two wide Gaussians cannot describe rings, but they can tell one from the other."""
+    angle = np.random.default_rng(0).uniform(0, 2 * np.pi, 400)
+    x = (1.0 + 1.5 * GROUPS)[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    start = DirectMFA.from_mixture(classes())
+    log_loss = []
+    for share in (0.0, 0.95):
+        config = replace(QUICK, steps=200, report_every=100, discriminative=share)
+        mixture = cpmm.fit(start, x, GROUPS, config=config, progress=False).model.extract()
+        proba = np.asarray(mixture.predict_proba(x))
+        log_loss.append(-np.log(proba[np.arange(400), GROUPS]).mean())
+    assert log_loss[1] < log_loss[0] - 0.01
+
+
+def test_a_share_of_nothing_is_refused() -> None:
+    config = replace(QUICK, discriminative=0.5)
+    with pytest.raises(ConfigError, match=r"`discriminative` must be 0 without labels; got 0\.5"):
+        cpmm.fit(DirectMFA.from_mixture(classes()), X, config=config)
 
 
 def test_rows_of_no_weight_are_not_fitted() -> None:

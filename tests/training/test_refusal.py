@@ -45,7 +45,7 @@ def test_a_poisoned_batch_changes_no_bit() -> None:
     data = Examples(jnp.asarray(x), None)
     numbers = jnp.int32(540), jnp.int32(9)
     settings = Settings(
-        make_keys(QUICK.seed), *numbers, learning_rate_schedule(QUICK), jnp.float32(0)
+        make_keys(QUICK.seed), *numbers, learning_rate_schedule(QUICK), *[jnp.float32(0)] * 2
     )
     poisoned = batches_with(17, 12)
     assert 1 < sum(poisoned) < 4
