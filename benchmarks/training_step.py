@@ -44,7 +44,7 @@ from cpmm_jax.errors import DataWarning
 from cpmm_jax.solver_study.timing import Timing, interleave
 from cpmm_jax.training.config import TrainConfig, default_optimizer, learning_rate_schedule
 from cpmm_jax.training.inputs import take_apart
-from cpmm_jax.training.state import BlockTotals, initial_state
+from cpmm_jax.training.state import BlockTotals, empty_totals, initial_state
 from cpmm_jax.training.step import Examples, Plan, Settings, make_keys, run_block
 
 DIM, CLASSES, WIDTHS, BATCH = 64, 10, (256, 256), 256
@@ -168,6 +168,7 @@ class Training:
         self.state, totals = run_block(
             self.plan,
             self.state,
+            empty_totals(),
             self.parts.fixed,
             self.examples,
             self.settings,

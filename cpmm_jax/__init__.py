@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         OptimalTransportCoupling,
     )
     from cpmm_jax.training.loop import FitResult, fit
+    from cpmm_jax.training.snapshots import Checkpoints
 
 _HOME = {
     "CNF": "cpmm_jax.dynamics.flow",
@@ -63,6 +64,7 @@ _HOME = {
     "CPMMClassifier": "cpmm_jax.estimators",
     "CPMMCluster": "cpmm_jax.estimators",
     "CPMMDensity": "cpmm_jax.estimators",
+    "Checkpoints": "cpmm_jax.training.snapshots",
     "Constraints": "cpmm_jax.mixture.em_steps",
     "Curriculum": "cpmm_jax.curriculum",
     "CustomCurriculum": "cpmm_jax.curriculum",

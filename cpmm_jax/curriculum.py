@@ -10,10 +10,11 @@ Source: CPMM paper, section 3.3 and Algorithm 1.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -263,3 +264,19 @@ def check_curriculum(curriculum: Any, dim: int) -> None:
             f"got {curriculum.flow.dim}; train a flow on these data."
         )
     curriculum.stages.check()
+
+
+def describe_curriculum(curriculum: Curriculum) -> dict[str, Any]:
+    """Return what JSON holds of a curriculum: its kind, its stages, and its flow's parameters."""
+    stages = asdict(curriculum.stages)
+    described = {
+        "kind": type(curriculum).__name__,
+        **stages,
+        "positions": list(stages["positions"]),
+    }
+    if isinstance(curriculum, FlowCurriculum):
+        total = hashlib.sha256()
+        for leaf in jax.tree.leaves(curriculum.flow):
+            total.update(np.asarray(leaf).tobytes())
+        described["flow"] = total.hexdigest()[:16]
+    return described

@@ -37,9 +37,21 @@ class TrainingError(CpmmError, RuntimeError):
         self.result = result
 
 
+class Interrupted(CpmmError, RuntimeError):
+    """Training was asked to stop (SIGTERM, SIGINT); it was saved and can go on."""
+
+    def __init__(self, message: str, signal: int = 0) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 class DataWarning(UserWarning):
     """Data are usable but deserve a look (constant or duplicated columns, few rows)."""
 
 
 class FlowWarning(UserWarning):
     """A flow's latent points are no standard normal: a curriculum would start elsewhere."""
+
+
+class SnapshotWarning(UserWarning):
+    """A snapshot of the training is missing, damaged, or could not be saved."""

@@ -60,13 +60,13 @@ def save_model(folder: str | os.PathLike[str], model: CPMM | CNF) -> None:
     """
     import orbax.checkpoint as ocp  # not with the package: it takes its time
 
-    content = {"schema": SCHEMA, **_describe(model)}
+    content = {"schema": SCHEMA, **describe_model(model)}
     folder = Path(folder).resolve()  # Orbax wants an absolute path
     try:
         folder.mkdir(parents=True)
         with ocp.StandardCheckpointer() as checkpointer:  # leaving it awaits the writing
             checkpointer.save(folder / _PARAMETERS, _parameters(model))
-        content["checksum"] = _checksum(content, folder / _PARAMETERS)
+        content["checksum"] = checksum(content, folder / _PARAMETERS)
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         (folder / _SETTINGS).write_text(text, encoding="utf-8")
     except OSError as error:
@@ -112,7 +112,7 @@ def load_model(folder: str | os.PathLike[str], kind: type[Model] = CPMM) -> Mode
             "name the folder of the other."
         )
     try:
-        if content.pop("checksum") != _checksum(content, folder / _PARAMETERS):
+        if content.pop("checksum") != checksum(content, folder / _PARAMETERS):
             raise ValueError("files that are not those written")
         settings: dict[str, Any] = dict(content["model"])
         dtype = jnp.dtype(settings.pop("param_dtype"))
@@ -138,7 +138,7 @@ def load_model(folder: str | os.PathLike[str], kind: type[Model] = CPMM) -> Mode
     return model
 
 
-def _checksum(content: dict[str, Any], folder: Path) -> str:
+def checksum(content: dict[str, Any], folder: Path) -> str:
     """Return the SHA-256 of settings and of all files of a folder, names and contents.
 
     Orbax finds most damage too, but not before it has complained on stderr from its threads.
@@ -158,7 +158,7 @@ def _damaged(folder: Path, error: Exception) -> RunError:
     )
 
 
-def _describe(model: CPMM | CNF) -> dict[str, Any]:
+def describe_model(model: CPMM | CNF) -> dict[str, Any]:
     """Return kind, solvers and the arguments that shape a model; not those that only start it."""
     settings = {
         "dim": model.dim,

@@ -44,7 +44,9 @@ class TrainConfig:
         patience: reports without a better validation score before `fit` stops; None for never.
         valid_fraction: part of the training rows set aside where no `x_valid` is given (within
             each class where there are labels); 0 for none.
-        max_refused: refused steps in a row that are borne; one more ends the training.
+        max_refused: refused steps in a row that are borne; at one more, training returns to the
+            parameters of the last report, with half the learning rate.
+        max_returns: such returns that are borne; one more ends the training.
         seed: seed of batches, pseudotimes and the validation part.
 
     Example:
@@ -69,6 +71,7 @@ class TrainConfig:
     patience: int | None = None
     valid_fraction: float = 0.1
     max_refused: int = 20
+    max_returns: int = 3
     seed: int = 0
 
     def check(self) -> None:
@@ -115,6 +118,7 @@ _LEAST = {
     "report_every": 1,
     "patience": 1,
     "max_refused": 0,
+    "max_returns": 0,
     "seed": 0,
 }
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from flax import nnx
 from jaxtyping import Array, Float
 
 from cpmm_jax.data.checks import check_examples, check_finite
 from cpmm_jax.data.dataset import Dataset, split
 from cpmm_jax.dynamics.course import FlowReading, latent_log_prob
 from cpmm_jax.dynamics.flow import CNF
-from cpmm_jax.dynamics.solve import check_result
 from cpmm_jax.dynamics.trace import ExactTrace, HutchinsonTrace, Trace, has_closed_trace
-from cpmm_jax.errors import ConfigError, FlowWarning, SolverError, TrainingError
+from cpmm_jax.errors import ConfigError, FlowWarning, TrainingError
 from cpmm_jax.training.config import TrainConfig, default_optimizer, learning_rate_schedule
 from cpmm_jax.training.flow_objective import Objective
 from cpmm_jax.training.flow_step import (
@@ -36,29 +34,11 @@ from cpmm_jax.training.flow_step import (
     run_block,
     validation_loss,
 )
-from cpmm_jax.training.inputs import take_apart
+from cpmm_jax.training.keeper import kept
 from cpmm_jax.training.latent import LatentCheck, check_latent
-from cpmm_jax.training.progress import (
-    Ending,
-    MetricsFile,
-    ProgressBar,
-    ending,
-    means,
-    number,
-    refusals,
-    scheduled_rate,
-)
-from cpmm_jax.training.state import (
-    CAUSES,
-    FAILED_SOLVE,
-    BlockTotals,
-    TrainState,
-    empty_totals,
-    initial_state,
-    snapshot,
-)
-
-logger = logging.getLogger("cpmm_jax")
+from cpmm_jax.training.progress import Ending, MetricsFile, ProgressBar, number
+from cpmm_jax.training.running import Report, Running
+from cpmm_jax.training.snapshots import Checkpoints, fingerprint_of, named_leaves
 
 EXACT_DIM = 128  # features above which a trace without a closed form is estimated at the end
 CHECKED_ROWS = 2048  # training rows whose latent points are checked where there is no validation
@@ -80,6 +60,7 @@ class FlowResult:
             normal at v = 1.
         steps: steps done, refused ones included.
         refused: steps refused.
+        returns: returns to good parameters, see `TrainConfig.max_refused`.
         seconds: wall time of the whole fit, compilation included.
         stopped: why the training ended; "refused" only on `TrainingError.result`.
     """
@@ -93,6 +74,7 @@ class FlowResult:
     latent: LatentCheck
     steps: int
     refused: int
+    returns: int
     seconds: float
     stopped: Ending
 
@@ -106,6 +88,8 @@ def fit_flow(
     x_valid: npt.ArrayLike | None = None,
     progress: bool | None = None,
     metrics_path: str | Path | None = None,
+    checkpoints: Checkpoints | str | Path | None = None,
+    resume: bool = False,
 ) -> FlowResult:
     """Fit a continuous normalizing flow, by maximum likelihood or by flow matching.
 
@@ -125,6 +109,8 @@ def fit_flow(
         x_valid: validation examples; None to set `config.valid_fraction` of the rows aside.
         progress: True or False to show a progress bar or not; None to show it on a terminal.
         metrics_path: a new file for the reports, one JSON object per line.
+        checkpoints: as for `fit`.
+        resume: as for `fit`.
 
     Returns:
         A `FlowResult`.
@@ -147,13 +133,25 @@ def fit_flow(
     if not isinstance(flow, CNF):
         raise ConfigError(f"`flow` must be a CNF; got {type(flow).__name__}; build one first.")
     data = _prepare(flow, x, x_valid, config)
-    with MetricsFile(metrics_path) as metrics, ProgressBar(config.steps, shown=progress) as bar:
-        run = _Run(flow, data, objective, config)
+    run = _Run(flow, data, objective, config, start)
+    identity = partial(
+        fingerprint_of,
+        flow,
+        run.parts.params,
+        config,
+        named_leaves("data", data),
+        objective=repr(objective),
+    )
+    with (
+        kept(run, checkpoints, identity, resume=resume) as keeper,
+        MetricsFile(metrics_path, run.history if resume else None) as metrics,
+        ProgressBar(config.steps, shown=progress) as bar,
+    ):
         while run.stopped is None:
-            report = run.advance()
+            report = run.advance(keeper.between)
             metrics.write(report)
             bar.update({"valid_log_likelihood": report["valid_loss"], **report})
-    result = run.result(start)
+    result = run.result()
     if run.stopped == "refused":
         raise TrainingError(run.failure(), result)
     if not result.latent.ok:
@@ -196,69 +194,80 @@ def _prepare(
     return _Data(jnp.asarray(data.x_train), None if valid is None else jnp.asarray(valid))
 
 
-class _Run:
-    """One call of `fit_flow` under way: the state on the device, the bookkeeping on the host."""
+class _Run(Running):
+    """One call of `fit_flow` under way."""
 
-    def __init__(self, flow: CNF, data: _Data, objective: Objective, config: TrainConfig) -> None:
-        self.config, self.data = config, data
-        self.graphdef, params, self.fixed = take_apart(flow)
+    score_name = "valid_loss"
+
+    def __init__(
+        self, flow: CNF, data: _Data, objective: Objective, config: TrainConfig, start: float
+    ) -> None:
+        self.data = data
         keys = jax.random.split(jax.random.key(config.seed), 3)
         self.valid_key = keys[2]
         count = len(data.train)
-        self.settings = FlowSettings(
+        settings = FlowSettings(
             keys=keys[:2],
             num_examples=jnp.int32(count),
             max_refused=jnp.int32(config.max_refused),
             schedule=learning_rate_schedule(config),
         )
+        super().__init__(flow, config, default_optimizer(config), settings, start)
         size = min(config.batch_size, count)
-        self.plan = Plan(self.graphdef, default_optimizer(config), objective, size)
-        self.state: TrainState = initial_state(self.plan.optimizer, params)
+        self.plan = Plan(self.parts.graphdef, self.optimizer, objective, size)
         self.drawn = None
         if data.valid is not None:
             drawn = objective.draw(self.valid_key, data.valid.shape, data.valid.dtype)
             self.drawn = pair_fixed(self.plan, data.valid, drawn)
-        self.stopped: Ending | None = None
-        self.history: list[dict[str, Any]] = []
-        self.start = time.perf_counter()
-        self.best_loss, self.best_step, self.stale = self._validate(), 0, 0
-        self.best_params = snapshot(self.state.params)
+        self.begin_search()
 
-    def advance(self) -> dict[str, Any]:
-        """Train up to the next report; decide whether to stop, in `self.stopped`."""
-        config, done, began = self.config, int(self.state.step), time.perf_counter()
-        totals = self._run_until(min(done + config.report_every, config.steps))
-        seconds = time.perf_counter() - began
-        step, loss = int(self.state.step), self._validate()
-        improved = loss < self.best_loss
-        self.stale = 0 if improved else self.stale + 1
-        # As long as no loss was finite the latest parameters stand in for the best.
-        if improved or self.best_loss == math.inf:
-            self.best_loss, self.best_step = loss, step
-            self.best_params = snapshot(self.state.params)
-        self.stopped = ending(self.state, config, self.stale)
-        mean, refused = means(totals), int(self.state.refused.sum())
-        if refused and not (self.history and self.history[-1]["refused"]):
-            logger.warning("%d step(s) of the flow refused (%s)", refused, refusals(self.state))
-        report = {
-            "step": step,
-            "loss": mean["loss"],
-            "valid_loss": number(loss),
-            "learning_rate": number(scheduled_rate(self.settings.schedule, self.state)),
-            "grad_norm": mean["grad_norm"],
-            "ode_steps": mean["ode_steps"],
-            "refused": refused,
-            "examples_per_second": number((step - done) * self.plan.batch_size / seconds),
-            "seconds": number(time.perf_counter() - self.start),
-        }
-        self.history.append(report)
+    @property
+    def batch_size(self) -> int:
+        return self.plan.batch_size
+
+    @property
+    def has_validation(self) -> bool:
+        return self.data.valid is not None
+
+    def train(self, stop: int) -> None:
+        goes_on = True
+        while goes_on:
+            first, train = self.state.step + 0, self.data.train  # a copy: the state is donated
+            pairing = pair(self.plan, train, self.settings, first)
+            until = stop if pairing is None else min(stop, int(first) + ASSIGNED_STEPS)
+            self.state, self.totals = run_block(
+                self.plan,
+                self.state,
+                self.totals,
+                self.parts.fixed,
+                train,
+                self.settings,
+                jnp.int32(until),
+                pairing,
+            )
+            goes_on = int(self.state.step) == until < stop
+
+    def score(self) -> float:
+        """Return the validation loss, its sign changed."""
+        if self.data.valid is None:
+            return -math.inf
+        arrays = self.state.params, self.parts.fixed, self.data.valid, self.drawn
+        loss = float(validation_loss(self.plan, *arrays))
+        return -loss if math.isfinite(loss) else -math.inf
+
+    def rebuild(self) -> None:
+        self.plan = self.plan._replace(graphdef=self.parts.graphdef)
+
+    def advance(self, between: Callable[[], None] | None = None) -> Report:
+        report = super().advance(between)
+        score = report[self.score_name]
+        report[self.score_name] = None if score is None else -score
         return report
 
-    def result(self, start: float) -> FlowResult:
+    def result(self) -> FlowResult:
         """Put the flows together, and look at the latent points of the best."""
-        last = nnx.merge(self.graphdef, self.state.params, self.fixed)
-        valid, step = self.data.valid, int(self.state.step)
-        best = last if valid is None else nnx.merge(self.graphdef, self.best_params, self.fixed)
+        valid = self.data.valid
+        best = self.build(self.best())
         rows = self.data.train[:CHECKED_ROWS] if valid is None else valid
         exact = best.dim <= EXACT_DIM or has_closed_trace(best.field)
         trace = ExactTrace() if exact else HutchinsonTrace(num_samples=16)
@@ -266,52 +275,18 @@ class _Run:
         known = valid is not None and bool(reading.ok)
         return FlowResult(
             flow=best,
-            last_flow=last,
+            last_flow=self.build(self.state.params),
             history=tuple(self.history),
-            best_step=step if valid is None else self.best_step,
-            best_loss=self.best_loss if self.best_loss < math.inf else None,
+            best_step=self.step if valid is None else self.best_step,
+            best_loss=-self.best_score if self.best_score > -math.inf else None,
             valid_log_likelihood=number(latent_log_prob(reading).mean()) if known else None,
             latent=check_latent(np.where(reading.ok, reading.states[0], np.nan)),
-            steps=step,
+            steps=self.step,
             refused=int(self.state.refused.sum()),
-            seconds=time.perf_counter() - start,
+            returns=self.returns,
+            seconds=time.perf_counter() - self.start,
             stopped=self.stopped or "finished",
         )
-
-    def failure(self) -> str:
-        """Say why the training could not go on, and what to change."""
-        remedy = "standardise the data, lower the learning rate or clip the gradient"
-        if CAUSES[int(self.state.refused.argmax())] == FAILED_SOLVE:
-            try:
-                check_result(self.state.last_failure)
-            except SolverError as error:
-                remedy = str(error).removesuffix(".")
-        return (
-            "training must have solves that succeed and finite losses and gradients; got "
-            f"{int(self.state.refused_in_a_row)} refused steps in a row at step "
-            f"{int(self.state.step)} of {self.config.steps} ({refusals(self.state)}); {remedy}."
-        )
-
-    def _run_until(self, stop: int) -> BlockTotals:
-        totals, goes_on = empty_totals(), True
-        while goes_on:
-            first, train = self.state.step + 0, self.data.train  # a copy: the state is donated
-            pairing = pair(self.plan, train, self.settings, first)
-            until = stop if pairing is None else min(stop, int(first) + ASSIGNED_STEPS)
-            self.state, more = run_block(
-                self.plan, self.state, self.fixed, train, self.settings, jnp.int32(until), pairing
-            )
-            totals = jax.tree.map(jnp.add, totals, more)
-            goes_on = int(self.state.step) == until < stop
-        return jax.block_until_ready(totals)
-
-    def _validate(self) -> float:
-        """Return the validation loss; infinite where there is none or it is not finite."""
-        if self.data.valid is None:
-            return math.inf
-        arrays = self.state.params, self.fixed, self.data.valid, self.drawn
-        loss = float(validation_loss(self.plan, *arrays))
-        return loss if math.isfinite(loss) else math.inf
 
 
 @partial(jax.jit, static_argnames="trace")

@@ -68,6 +68,7 @@ def draw_batch(
 def run_block(
     plan: Plan,
     state: TrainState,
+    totals: BlockTotals,
     fixed: Any,
     x: Float[Array, "N D"],
     settings: FlowSettings,
@@ -87,7 +88,7 @@ def run_block(
         (loss, solve), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         return advance(plan.optimizer, settings.schedule, state, loss, solve, grads)
 
-    return repeat(step, state, stop, settings.max_refused)
+    return repeat(step, state, totals, stop, settings.max_refused)
 
 
 @partial(jax.jit, static_argnames="plan")

@@ -2,50 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy.typing as npt
 import optax
-from flax import nnx
 
-from cpmm_jax.curriculum import Curriculum, NoCurriculum, check_curriculum
-from cpmm_jax.dynamics.solve import check_result
-from cpmm_jax.errors import SolverError, TrainingError
+from cpmm_jax.curriculum import (
+    Curriculum,
+    NoCurriculum,
+    check_curriculum,
+    describe_curriculum,
+)
+from cpmm_jax.errors import TrainingError
 from cpmm_jax.training.config import TrainConfig, default_optimizer, learning_rate_schedule
-from cpmm_jax.training.inputs import Data, Parts, prepare, take_apart
-from cpmm_jax.training.progress import (
-    Ending,
-    MetricsFile,
-    ProgressBar,
-    ending,
-    means,
-    number,
-    refusals,
-    scheduled_rate,
-)
+from cpmm_jax.training.inputs import Data, prepare, take_apart
+from cpmm_jax.training.keeper import kept
+from cpmm_jax.training.progress import Ending, MetricsFile, ProgressBar
+from cpmm_jax.training.running import Report, Running
+from cpmm_jax.training.snapshots import Checkpoints, Snapshot, fingerprint_of, named_leaves
 from cpmm_jax.training.stages import Staircase
-from cpmm_jax.training.state import (
-    CAUSES,
-    FAILED_SOLVE,
-    BlockTotals,
-    TrainState,
-    initial_state,
-    snapshot,
-)
+from cpmm_jax.training.state import snapshot
 from cpmm_jax.training.step import Plan, Settings, make_keys, run_block, validation_score
-
-logger = logging.getLogger("cpmm_jax")
-
-Report = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +45,7 @@ class FitResult:
         best_score: its validation log-likelihood in nats per example; None without validation.
         steps: steps done, refused ones included.
         refused: steps refused.
+        returns: returns to good parameters, see `TrainConfig.max_refused`.
         seconds: wall time of the whole fit.
         compile_seconds: the part of it before the first step, spent tracing and compiling.
         stopped: why the training ended; "refused" only on `TrainingError.result`.
@@ -72,6 +58,7 @@ class FitResult:
     best_score: float | None
     steps: int
     refused: int
+    returns: int
     seconds: float
     compile_seconds: float
     stopped: Ending
@@ -101,6 +88,8 @@ def fit(
     optimizer: optax.GradientTransformation | None = None,
     metrics_path: str | Path | None = None,
     progress: bool | None = None,
+    checkpoints: Checkpoints | str | Path | None = None,
+    resume: bool = False,
     callback: Callable[[Report], None] | None = None,
     stage_callback: Callable[[float, Any], None] | None = None,
 ) -> FitResult:
@@ -133,6 +122,10 @@ def fit(
         optimizer: any optax transformation; None for Adam as described by `config`.
         metrics_path: a new file for the reports, one JSON object per line.
         progress: True or False to show a progress bar or not; None to show it on a terminal.
+        checkpoints: where to save the training while it runs, a folder or a `Checkpoints`. SIGTERM
+            and SIGINT then save and end it (see `Interrupted`).
+        resume: whether to go on from the newest snapshot in `checkpoints`: the result is the same,
+            bit by bit, as if training had never stopped. The other arguments must be as they were.
         callback: called with every report.
         stage_callback: called at the end of every stage of a curriculum with its position v and
             the model there; at v = 0 the best.
@@ -143,29 +136,45 @@ def fit(
     Raises:
         ConfigError: a setting out of range, or arguments that do not fit each other.
         DataError: bad examples or labels, or fewer rows than components.
-        RunError: `metrics_path` exists or cannot be written.
+        RunError: `metrics_path` exists or cannot be written; snapshots that are all damaged, in use
+            by another process, or of other settings or data.
+        Interrupted: a signal has ended the training, which was saved.
         TrainingError: more than `config.max_refused` steps in a row were refused for a failed solve
-            or a number that is not finite; its `result` holds the best model so far.
+            or a number that is not finite, after `config.max_returns` returns; its `result` holds
+            the best model so far.
 
     Source: CPMM paper, Algorithm 1.
     """
     start = time.perf_counter()
     config = TrainConfig() if config is None else config
     config.check()
-    parts = take_apart(model)
-    data = prepare(model, parts.params, x, y, x_valid, y_valid, config, sample_weight, weight_valid)
+    params = take_apart(model).params
+    data = prepare(model, params, x, y, x_valid, y_valid, config, sample_weight, weight_valid)
     check_curriculum(curriculum, data.train.x.shape[1])
-    with MetricsFile(metrics_path) as metrics, ProgressBar(config.steps, shown=progress) as bar:
-        run = _Run(parts, data, config, curriculum, optimizer, start)
+    run = _Run(model, data, config, curriculum, optimizer, start)
+    identity = partial(
+        fingerprint_of,
+        model,
+        params,
+        config,
+        {**named_leaves("train", data.train), **named_leaves("valid", data.valid)},
+        curriculum=describe_curriculum(curriculum),
+        optimizer="Adam" if optimizer is None else "given",
+    )
+    with (
+        kept(run, checkpoints, identity, resume=resume) as keeper,
+        MetricsFile(metrics_path, run.history if resume else None) as metrics,
+        ProgressBar(config.steps, shown=progress) as bar,
+    ):
         bar.restart()
         while run.stopped is None:
-            report = run.advance()
+            report = run.advance(keeper.between)
             metrics.write(report)
             bar.update(report)
             if callback is not None:
                 callback(report)
             if run.is_over and stage_callback is not None:
-                stage_callback(run.stages.v, run.current())
+                stage_callback(run.stages.v, run.build(snapshot(run.state.params)))
             run.go_on()
     result = run.result()
     if run.stopped == "refused":
@@ -175,21 +184,22 @@ def fit(
     return result
 
 
-class _Run:
-    """One call of `fit` under way: the state on the device and the bookkeeping on the host."""
+class _Run(Running):
+    """One call of `fit` under way."""
+
+    score_name = "valid_log_likelihood"
 
     def __init__(
         self,
-        parts: Parts,
+        model: Any,
         data: Data,
         config: TrainConfig,
         curriculum: Curriculum,
         optimizer: optax.GradientTransformation | None,
         start: float,
     ) -> None:
-        self.parts, self.config = parts, config
         self.stages = Staircase(curriculum, data, config.steps)
-        self.settings = Settings(
+        settings = Settings(
             keys=make_keys(config.seed),
             num_examples=jnp.int32(data.num_examples),
             max_refused=jnp.int32(config.max_refused),
@@ -197,114 +207,102 @@ class _Run:
             position=jnp.float32(self.stages.v),
             discriminative=jnp.float32(config.discriminative),
         )
+        rule = default_optimizer(config) if optimizer is None else optimizer
+        super().__init__(model, config, rule, settings, start)
         self.plan = Plan(
-            parts.graphdef,
-            default_optimizer(config) if optimizer is None else optimizer,
+            self.parts.graphdef,
+            rule,
             config.time_sampler,
             config.num_times,
             min(config.batch_size, data.num_examples),
             curriculum if curriculum.is_random else None,
         )
-        self.start = start
-        self.stopped: Ending | None = None
         self.is_over = False  # the stage
-        self.history: list[Report] = []
-        self.state: TrainState = initial_state(self.plan.optimizer, parts.params)
-
         compiling = time.perf_counter()
         self._compile()
         self._begin_stage()
         self.compile_seconds = time.perf_counter() - compiling
 
-    def advance(self) -> Report:
-        """Train up to the next report; decide whether to stop, in `self.stopped`."""
-        config = self.config
-        done = int(self.state.step)
-        began = time.perf_counter()
-        totals = self._run_until(self.stages.next_stop(done, config.report_every))
-        seconds = time.perf_counter() - began
-        step = int(self.state.step)
-        score = self._score()
-        if self.stages.is_last:
-            self._keep_best(step, score)
-        self.stopped = ending(self.state, config, self.stale)
-        report = self._report(totals, score, (step - done) * self.plan.batch_size / seconds)
-        self.is_over = self.stages.is_over(step, score)
-        if report["refused"] and not (self.history and self.history[-1]["refused"]):
-            logger.warning(
-                "%d training step(s) refused by step %d (%s); parameters were left as they were",
-                report["refused"],
-                step,
-                refusals(self.state),
-            )
-        self.history.append(report)
+    @property
+    def batch_size(self) -> int:
+        return self.plan.batch_size
+
+    @property
+    def has_validation(self) -> bool:
+        return self.stages.valid is not None
+
+    def train(self, stop: int) -> None:
+        self.state, self.totals = run_block(*self._block_arguments(stop))
+
+    def score(self) -> float:
+        if self.stages.valid is None:
+            return -math.inf
+        score = float(validation_score(*self._score_arguments()))
+        return score if math.isfinite(score) else -math.inf
+
+    def rebuild(self) -> None:
+        self.plan = self.plan._replace(graphdef=self.parts.graphdef)
+        self._compile()
+
+    def next_stop(self) -> int:
+        return self.stages.next_stop(self.reported, self.config.report_every)
+
+    def position(self) -> dict[str, Any]:
+        return {"v": self.stages.v} if self.stages.is_staged else {}
+
+    def counts(self) -> bool:
+        return self.stages.is_last
+
+    def advance(self, between: Callable[[], None] | None = None) -> Report:
+        report = super().advance(between)
+        score = report[self.score_name]
+        self.is_over = self.stages.is_over(self.step, -math.inf if score is None else score)
         return report
 
     def go_on(self) -> None:
         """Enter the next stage, where this one is over."""
         if self.is_over:
-            self.stages.go_on(int(self.state.step))
+            self.stages.go_on(self.step)
             self._begin_stage()
+            self.is_over = False
 
-    def current(self) -> Any:
-        """Return the model with the present parameters."""
-        return nnx.merge(self.parts.graphdef, snapshot(self.state.params), self.parts.fixed)
+    def saved(self) -> Snapshot:
+        arrays, host = super().saved()
+        return Snapshot(arrays, {**host, "stage": self.stages.place()})
+
+    def restore(self, saved: Snapshot) -> None:
+        self.stages.put(saved.host["stage"])
+        self._set_position()
+        super().restore(saved)
 
     def result(self) -> FitResult:
         """Put the models together."""
-        last = nnx.merge(self.parts.graphdef, self.state.params, self.parts.fixed)
-        best = last
-        if self.best_params is not None:
-            best = nnx.merge(self.parts.graphdef, self.best_params, self.parts.fixed)
-        step = int(self.state.step)
         return FitResult(
-            model=best,
-            last_model=last,
+            model=self.build(self.best()),
+            last_model=self.build(self.state.params),
             history=tuple(self.history),
-            best_step=step if self.best_params is None else self.best_step,
+            best_step=self.step if self.best_params is None else self.best_step,
             best_score=self.best_score if self.best_score > -math.inf else None,
-            steps=step,
+            steps=self.step,
             refused=int(self.state.refused.sum()),
+            returns=self.returns,
             seconds=time.perf_counter() - self.start,
             compile_seconds=self.compile_seconds,
             stopped=self.stopped or "finished",
         )
 
-    def failure(self) -> str:
-        """Say why the training could not go on, and what to change."""
-        state = self.state
-        rate = self._learning_rate()
-        at = "" if rate is None else f" and learning rate {rate:.3g}"
-        remedies = (
-            "",
-            "standardise the data, raise the noise floor or lower the learning rate",
-            "lower the learning rate or clip the gradient",
-            "lower the learning rate",
-        )
-        cause = int(state.refused.argmax())
-        remedy = remedies[cause]
-        if CAUSES[cause] == FAILED_SOLVE:
-            try:
-                check_result(state.last_failure)
-            except SolverError as error:
-                remedy = str(error).removesuffix(".")
-        return (
-            f"training must have solves that succeed and finite losses and gradients; got "
-            f"{int(state.refused_in_a_row)} refused steps in a row at step {int(state.step)} of "
-            f"{self.config.steps}{at} ({refusals(state)}, {int(state.refused.sum())} refused in "
-            f"all); {remedy}."
-        )
-
     def _begin_stage(self) -> None:
-        """Set the position; at the last one the best is looked for, and the learning rate falls."""
+        self._set_position()
+        self.begin_search()
+
+    def _set_position(self) -> None:
+        """Set the position; at the last one the learning rate falls."""
         stages = self.stages
         schedule = self.settings.schedule
         if schedule is not None and stages.is_staged:
-            begin = jnp.float32(int(self.state.step) if stages.is_last else self.config.steps)
+            begin = jnp.float32(stages.start if stages.is_last else self.config.steps)
             schedule = schedule._replace(begin=begin)
         self.settings = self.settings._replace(position=jnp.float32(stages.v), schedule=schedule)
-        self.best_score, self.best_step, self.stale = self._score(), int(self.state.step), 0
-        self.best_params = None if stages.valid is None else snapshot(self.state.params)
 
     def _compile(self) -> None:
         """Compile both programs side by side; the calls that follow find them."""
@@ -315,53 +313,10 @@ class _Run:
             list(pool.map(lambda program: program.compile(), programs))
 
     def _block_arguments(self, stop: int) -> tuple[Any, ...]:
-        state, fixed = self.state, self.parts.fixed
-        return self.plan, state, fixed, self.stages.train, self.settings, jnp.int32(stop)
+        state, totals, fixed = self.state, self.totals, self.parts.fixed
+        return self.plan, state, totals, fixed, self.stages.train, self.settings, jnp.int32(stop)
 
     def _score_arguments(self) -> tuple[Any, ...]:
         parts, times = self.parts, self.config.valid_times or self.config.num_times
         share = self.settings.discriminative
         return parts.graphdef, self.state.params, parts.fixed, self.stages.valid, times, share
-
-    def _run_until(self, stop: int) -> BlockTotals:
-        self.state, totals = run_block(*self._block_arguments(stop))
-        return jax.block_until_ready(totals)
-
-    def _score(self) -> float:
-        """Return the validation score; -inf where there is none or it is not finite."""
-        if self.stages.valid is None:
-            return -math.inf
-        score = float(validation_score(*self._score_arguments()))
-        return score if math.isfinite(score) else -math.inf
-
-    def _keep_best(self, step: int, score: float) -> None:
-        improved = score > self.best_score
-        self.stale = 0 if improved else self.stale + 1
-        # As long as no score was finite the latest parameters stand in for the best.
-        if self.stages.valid is not None and (improved or self.best_score == -math.inf):
-            self.best_score, self.best_step = score, step
-            self.best_params = snapshot(self.state.params)
-
-    def _report(self, totals: BlockTotals, score: float, examples_per_second: float) -> Report:
-        mean, rate = means(totals), self._learning_rate()
-        position = {"v": self.stages.v} if self.stages.is_staged else {}
-        return {
-            "step": int(self.state.step),
-            **position,
-            "loss": mean["loss"],
-            "valid_log_likelihood": number(score),
-            "learning_rate": None if rate is None else number(rate),
-            "grad_norm": mean["grad_norm"],
-            "ode_steps": mean["ode_steps"],
-            "refused": int(self.state.refused.sum()),
-            "examples_per_second": number(examples_per_second),
-            "seconds": number(time.perf_counter() - self.start),
-        }
-
-    def _learning_rate(self) -> float | None:
-        """Return the learning rate of the last update; None for an optimiser that hides it."""
-        if self.settings.schedule is not None:
-            return scheduled_rate(self.settings.schedule, self.state)
-        # Where it was wrapped in `optax.inject_hyperparams`, once.
-        rates = optax.tree.get_all_with_path(self.state.opt_state, "learning_rate")
-        return float(rates[0][1]) if len(rates) == 1 else None

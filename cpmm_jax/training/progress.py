@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -76,17 +76,22 @@ class MetricsFile:
 
     Args:
         path: a file that does not exist yet, or None for no file.
+        earlier: reports of a run that goes on, with which the file begins, where it may exist.
 
     Raises:
         RunError: the file exists or cannot be made.
     """
 
-    def __init__(self, path: str | Path | None) -> None:
+    def __init__(
+        self, path: str | Path | None, earlier: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
         self._file: Any = None
         if path is None:
             return
         try:
-            self._file = Path(path).open("x", encoding="utf-8")  # noqa: SIM115
+            self._file = Path(path).open(  # noqa: SIM115
+                "x" if earlier is None else "w", encoding="utf-8"
+            )
         except FileExistsError as error:
             raise RunError(
                 f"`metrics_path` must name a new file; {str(path)!r} exists; "
@@ -97,6 +102,8 @@ class MetricsFile:
                 f"`metrics_path` must be writable; got {str(path)!r} ({error.strerror}); "
                 "make the folder first or choose another."
             ) from error
+        for report in earlier or ():
+            self.write(report)
 
     def __enter__(self) -> Self:
         return self

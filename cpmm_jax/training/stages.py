@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ class Staircase:
     Attributes:
         train: training examples of the stage (as given where each step draws its own).
         valid: validation examples of the stage, or None.
+        start: the step at which it began.
 
     Args:
         curriculum: provider and stages.
@@ -72,7 +74,7 @@ class Staircase:
         self._score = score
         if step >= self._ends[self._index]:
             return True
-        if tolerance is None or step - self._start < self._curriculum.stages.least_steps:
+        if tolerance is None or step - self.start < self._curriculum.stages.least_steps:
             return False
         if self._target is not None:
             return score >= self._target - tolerance
@@ -82,10 +84,21 @@ class Staircase:
         """Enter the next stage at `step`."""
         self._begin(self._index + 1, step)
 
+    def place(self) -> dict[str, Any]:
+        """Return where the run stands, as JSON holds it."""
+        score = self._score if math.isfinite(self._score) else None
+        return {"index": self._index, "start": self.start, "score": score}
+
+    def put(self, place: dict[str, Any]) -> None:
+        """Go to a place that `place` has returned."""
+        if place["index"] != self._index:
+            self._begin(place["index"], place["start"])
+        self._score = -math.inf if place["score"] is None else place["score"]
+
     def _begin(self, index: int, step: int) -> None:
         while self._ends[index] <= step and index < len(self._ends) - 1:
             index += 1  # fewer steps than stages
-        self._index, self._start = index, step
+        self._index, self.start = index, step
         self._score = -math.inf
         train, valid = self._data.train, self._data.valid
         self.train = self._moved(train, self._train)

@@ -118,6 +118,7 @@ def training_step(
 def run_block(
     plan: Plan,
     state: TrainState,
+    totals: BlockTotals,
     fixed: Any,
     train: Examples,
     settings: Settings,
@@ -128,7 +129,7 @@ def run_block(
     def step(state: TrainState) -> tuple[TrainState, BlockTotals]:
         return training_step(plan, state, fixed, train, settings)
 
-    return repeat(step, state, stop, settings.max_refused)
+    return repeat(step, state, totals, stop, settings.max_refused)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "num_times"))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from cpmm_jax.training.config import Schedule
 from cpmm_jax.training.objective import Diagnostics
-from cpmm_jax.training.state import CAUSES, BlockTotals, TrainState, empty_totals
+from cpmm_jax.training.state import CAUSES, BlockTotals, TrainState
 
 Step = Callable[[TrainState], tuple[TrainState, BlockTotals]]
 
@@ -77,18 +77,23 @@ def advance(
 
 
 def repeat(
-    step: Step, state: TrainState, stop: Int[Array, ""], max_refused: Int[Array, ""]
+    step: Step,
+    state: TrainState,
+    totals: BlockTotals,
+    stop: Int[Array, ""],
+    max_refused: Int[Array, ""],
 ) -> tuple[TrainState, BlockTotals]:
     """Train until `stop` steps are done, or more than `max_refused` in a row have been refused.
 
     Args:
         step: does one step, as `advance` does.
         state: the state before them.
+        totals: sums to add to, so that a block in parts has the sums of the whole.
         stop: number of the step to stop at; traced, so that a shorter block is the same program.
         max_refused: refused steps in a row that are borne.
 
     Returns:
-        The state after them, and the sums of their totals.
+        The state after them, and the sums with theirs added.
     """
 
     def goes_on(carry: tuple[TrainState, BlockTotals]) -> Array:
@@ -100,4 +105,4 @@ def repeat(
         state, more = step(state)
         return state, jax.tree.map(jnp.add, totals, more)
 
-    return jax.lax.while_loop(goes_on, body, (state, empty_totals()))
+    return jax.lax.while_loop(goes_on, body, (state, totals))

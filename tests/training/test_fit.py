@@ -189,6 +189,7 @@ def test_metrics_file_is_written_as_it_goes(tmp_path: Path) -> None:
         "grad_norm",
         "ode_steps",
         "refused",
+        "returns",
         "examples_per_second",
         "seconds",
     ]
@@ -324,6 +325,6 @@ def test_a_fit_has_converged_where_its_end_gained_little(
         {"step": step, "valid_log_likelihood": score}
         for step, score in zip((80, 90, 100), scores, strict=True)
     ]
-    counts = {"steps": 100, "refused": 0, "seconds": 1.0, "compile_seconds": 0.0}
+    counts = {"steps": 100, "refused": 0, "returns": 0, "seconds": 1.0, "compile_seconds": 0.0}
     found = FitResult(None, None, tuple(reports), 100, max(scores), stopped="finished", **counts)
     assert found.converged is converged

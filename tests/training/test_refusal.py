@@ -17,7 +17,7 @@ from cpmm_jax.data.batches import batch_indices
 from cpmm_jax.errors import TrainingError
 from cpmm_jax.training.config import default_optimizer, learning_rate_schedule
 from cpmm_jax.training.loop import fit
-from cpmm_jax.training.state import initial_state, snapshot
+from cpmm_jax.training.state import empty_totals, initial_state, snapshot
 from cpmm_jax.training.step import Examples, Plan, Settings, make_keys, run_block
 from tests.training.stand_in import QUICK, FreeMixture, planted, start
 
@@ -52,7 +52,9 @@ def test_a_poisoned_batch_changes_no_bit() -> None:
     in_a_row = 0
     for step in range(12):
         before = snapshot((state.params, state.opt_state))
-        state, totals = run_block(plan, state, fixed, data, settings, jnp.int32(step + 1))
+        state, totals = run_block(
+            plan, state, empty_totals(), fixed, data, settings, jnp.int32(step + 1)
+        )
         assert same((state.params, state.opt_state), before) == poisoned[step]
         assert int(totals.accepted) == 1 - poisoned[step]
         assert np.isfinite(float(totals.loss))
@@ -99,7 +101,7 @@ def test_too_many_in_a_row_end_the_fit(
     model: FreeMixture, optimizer: Any, cause: str, remedy: str
 ) -> None:
     with pytest.raises(TrainingError) as caught:
-        fit(model, X, config=replace(QUICK, max_refused=4), optimizer=optimizer)
+        fit(model, X, config=replace(QUICK, max_refused=4, max_returns=0), optimizer=optimizer)
     message = str(caught.value)
     assert "\n" not in message
     assert "5 refused steps in a row at step 5 of 250" in message
@@ -117,7 +119,7 @@ def test_the_best_model_survives_the_end() -> None:
     model = start(fails_above=-2.6)
     model.means[...] = model.means[...].at[0, 0, 0].set(-4.0)
     with pytest.raises(TrainingError, match="failed ODE solve 21") as caught:
-        fit(model, X, config=replace(QUICK, report_every=5))
+        fit(model, X, config=replace(QUICK, report_every=5, max_returns=0))
     result = caught.value.result
     assert 0 < result.best_step <= result.steps - 21
     assert (

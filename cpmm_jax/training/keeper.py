@@ -1,0 +1,134 @@
+"""A training kept safe: saved now and then, resumed, locked, and ended well by a signal."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
+
+from cpmm_jax.errors import ConfigError, Interrupted, RunError
+from cpmm_jax.training.running import Running
+from cpmm_jax.training.snapshots import Checkpoints, Fingerprint, Saver
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LOCK = ".lock"
+
+
+class Keeper:
+    """What a training calls every second or so.
+
+    Attributes:
+        between: saves where that is due, and ends the training where a signal has come; None where
+            nothing is saved.
+    """
+
+    def __init__(self, run: Running, saver: Saver, caught: list[int]) -> None:
+        self._run, self._saver, self._caught = run, saver, caught
+        self.between = self._between if saver.is_on else None
+
+    def _between(self) -> None:
+        run = self._run
+        if self._caught:
+            self._saver.save(run.step, run.saved(), wait=True)
+            self.end("stopped")
+        if self._saver.due(run.step):
+            self._saver.save(run.step, run.saved())
+
+    def end(self, how: str) -> NoReturn:
+        """Raise Interrupted: the training has been saved."""
+        number, run = self._caught[0], self._run
+        raise Interrupted(
+            f"training was {how} by {signal.Signals(number).name} at step {run.step} of "
+            f"{run.config.steps}, and is saved; go on with `resume`.",
+            number,
+        )
+
+
+@contextmanager
+def kept(
+    run: Running,
+    checkpoints: Checkpoints | str | Path | None,
+    fingerprint: Callable[[], Fingerprint],
+    *,
+    resume: bool,
+) -> Iterator[Keeper]:
+    """Keep a training safe while it runs; at the end, whatever it was, the last snapshot is saved.
+
+    Args:
+        run: the training.
+        checkpoints: where to save it; None for nowhere.
+        fingerprint: makes that of settings and data, see `fingerprint_of`.
+        resume: whether to go on from the newest snapshot.
+
+    Raises:
+        ConfigError: `resume` without `checkpoints`.
+        RunError: see `Saver.restore`; or another process trains in the same folder.
+    """
+    if checkpoints is None:
+        if resume:
+            raise ConfigError("`checkpoints` must be given to `resume`; got None; name the folder.")
+        yield Keeper(run, Saver(None, {}), [])
+        return
+    if not isinstance(checkpoints, Checkpoints):
+        checkpoints = Checkpoints(folder=checkpoints)
+    with Saver(checkpoints, fingerprint()) as saver, locked(Path(checkpoints.folder) / LOCK):
+        if resume:
+            found = saver.restore()
+            if found is not None:
+                run.restore(found)
+        else:
+            saver.check_empty()
+        with signals_caught() as caught:
+            keeper = Keeper(run, saver, caught)
+            yield keeper
+            saver.save(run.step, run.saved(), wait=True)
+            if caught:
+                keeper.end("finished when it was stopped")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock, which the system takes back from a process that is killed.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    try:
+        with FileLock(path, timeout=0):
+            yield
+    except Timeout as error:
+        raise RunError(
+            f"{str(path.parent)!r} must be used by one process at a time; got another one that "
+            "trains there; wait for it, or choose another folder."
+        ) from error
+
+
+@contextmanager
+def signals_caught() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of being ended by them; a second one ends as ever."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught  # only the main thread may handle signals
+        return
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def catch(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        put_back()
+
+    for number in SIGNALS:
+        signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        put_back()
