@@ -20,8 +20,8 @@ from cpmm_jax.mixture.initialise import kmeans_start
 from cpmm_jax.mixture.mfa import MFA
 from cpmm_jax.models.direct import DirectMFA
 from cpmm_jax.models.selection import broaden_by_validation
-from cpmm_jax.pipeline import EM_MOVES
 from cpmm_jax.recipe import default_rank
+from cpmm_jax.starts import EM_MOVES
 from cpmm_jax.training.config import TrainConfig
 from cpmm_jax.training.loop import fit
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -22,24 +21,20 @@ from cpmm_jax.curriculum import Curriculum, FlowCurriculum, InterpolantCurriculu
 from cpmm_jax.data.dataset import Dataset, split
 from cpmm_jax.data.standardise import Standardizer
 from cpmm_jax.dynamics.flow import CNF
-from cpmm_jax.mixture.em import fit_em, polish
-from cpmm_jax.mixture.grouping import group_examples, spread_labels
+from cpmm_jax.mixture.em import polish
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
-from cpmm_jax.mixture.mfa import MFA
 from cpmm_jax.models.cpmm import CPMM
 from cpmm_jax.models.selection import broaden_by_validation, polish_by_validation
 from cpmm_jax.recipe import Recipe
+from cpmm_jax.starts import build_model, complete, divide, with_clusters
 from cpmm_jax.training.config import TrainConfig
 from cpmm_jax.training.flow import fit_flow
 from cpmm_jax.training.flow_objective import FlowMatching
 from cpmm_jax.training.loop import FitResult, fit
+from cpmm_jax.training.snapshots import Checkpoints
 
 TAIL_NOISE = 0.1  # of a column's variance, which is 1 in the units of the model
-EM_STARTS, EM_MOVES, EM_ROUNDS = 3, 20, 200  # before the training
-SCALES = {1: 0.03, 2: 0.1}  # of the field's output by T, where the start is local
-LONG_SCALE = 0.3  # for more
 FLOW_STEPS = 4000
-SURE = 0.99  # probability of a cluster, where training goes on from one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +81,8 @@ def fit_mixture(
     feature_names: Sequence[str] | None = None,
     metrics_path: str | Path | None = None,
     progress: bool | None = None,
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
 ) -> FittedMixture:
     """Standardise, fit a CPMM, extract its components, and return to the units of the data.
 
@@ -104,6 +101,8 @@ def fit_mixture(
         feature_names: D names, for the warnings.
         metrics_path: as for `fit`.
         progress: as for `fit`.
+        checkpoints: where to save the trainings of flow and mixture, each in a folder of its own.
+        resume: whether to go on from there; what comes before and after is done anew, and the same.
 
     Returns:
         A `FittedMixture`, whose log-densities include the Jacobian of the standardisation.
@@ -139,7 +138,9 @@ def fit_mixture(
         data = with_clusters(data, recipe, standardizer.scale, before)
     train = (data.x_train, data.y_train)
     valid: Any = {key: getattr(data, key) for key in ("x_valid", "y_valid", "weight_valid")}
-    curriculum = build_curriculum(data.x_train, data.x_valid, recipe, flow, progress=progress)
+    keep: Any = partial(_keep, checkpoints, resume)
+    quiet: Any = {"progress": progress}
+    curriculum = build_curriculum(data.x_train, data.x_valid, recipe, flow, **quiet, **keep("flow"))
     recipe = divide(data, floor, recipe)
     untrained = begin and begin.model
     if untrained is None:
@@ -149,13 +150,15 @@ def fit_mixture(
         )
     result = fit(
         untrained,
-        *train,
+        data.x_train,
+        data.y_train,
         config=replace(config, num_times=recipe.train_times, valid_times=recipe.num_times),
         curriculum=curriculum,
         sample_weight=data.weight_train,
         **valid,
         metrics_path=metrics_path,
-        progress=progress,
+        **quiet,
+        **keep("mixture"),
     )
     model = result.model
     extracted: Any = model.extract(recipe.num_times)
@@ -179,7 +182,7 @@ def fit_mixture(
             patience=None,
         )
         start = build_model(z, classes, floor, recipe, curriculum, weight=weight)
-        own: Any = {"curriculum": curriculum, "sample_weight": weight, "progress": progress}
+        own: Any = {"curriculum": curriculum, "sample_weight": weight, **quiet, **keep("refit")}
         model = fit(start, z, y, config=final, **own).model
         again: Any = {"max_iter": rounds, "tol": 0.0, "sample_weight": weight}
         extracted = polish(model.extract(recipe.num_times), z, y, **again)
@@ -197,13 +200,23 @@ def fit_mixture(
     )
 
 
+def _keep(checkpoints: Checkpoints | None, resume: bool, name: str) -> dict[str, Any]:
+    """Return where one of the trainings is saved, and whether it goes on from there."""
+    if checkpoints is None:
+        return {}
+    folder = Path(checkpoints.folder, name)
+    return {
+        "checkpoints": replace(checkpoints, folder=folder),
+        "resume": resume and folder.is_dir(),
+    }
+
+
 def build_curriculum(
     z: np.ndarray,
     z_valid: np.ndarray | None,
     recipe: Recipe,
     flow: CNF | None = None,
-    *,
-    progress: bool | None = None,
+    **training: Any,
 ) -> Curriculum:
     """Return the curriculum that the recipe names; a flow that is not given is trained.
 
@@ -212,7 +225,7 @@ def build_curriculum(
         z_valid: standardised validation examples, or None.
         recipe: names the curriculum; its seed.
         flow: one trained before.
-        progress: as for `fit`.
+        **training: `progress`, `checkpoints` and `resume`, as for `fit`.
     """
     if recipe.curriculum == "none":
         return NoCurriculum()
@@ -221,177 +234,6 @@ def build_curriculum(
     if flow is None:
         untrained = CNF(z.shape[1], rngs=nnx.Rngs(recipe.seed))
         config = TrainConfig(steps=FLOW_STEPS, seed=recipe.seed)
-        settings: Any = {"objective": FlowMatching(), "config": config, "progress": progress}
+        settings: Any = {"objective": FlowMatching(), "config": config, **training}
         flow = fit_flow(untrained, z, x_valid=z_valid, **settings).flow
     return FlowCurriculum(flow)
-
-
-def divide(data: Dataset, noise_floor: np.ndarray, recipe: Recipe) -> Recipe:
-    """Settle how components divide into trajectories and times, where the recipe leaves it open.
-
-    A trajectory of T times takes the place of T components, and starts as one. Fewer of these are
-    better where rows are too few for each, so mixtures of K / T components, each from one start of
-    EM and with as much noise added as is good for it, are compared by validation.
-
-    Args:
-        data: standardised training and validation examples; without the latter the recipe stays.
-        noise_floor: smallest noise variance of each feature, shape (D,).
-        recipe: with `divisions`.
-
-    Returns:
-        The recipe with its T.
-    """
-    best, highest = recipe, -np.inf
-    if data.x_valid is None:
-        return best
-    total = recipe.num_classes * recipe.num_times
-    for times in recipe.divisions:
-        count = total // times
-        tried = replace(recipe, num_classes=count, num_times=times, train_times=times)
-        quick: Any = {"weight": data.weight_train, "starts": 1, "moves": 0}
-        start = fit_start(data.x_train, None, noise_floor, tried, **quick)[0]
-        broad = broaden_by_validation(start, data.x_valid, weight_valid=data.weight_valid)
-        if broad.scores[broad.noise] > highest:
-            best, highest = tried, broad.scores[broad.noise]
-    return best
-
-
-def with_clusters(
-    data: Dataset, recipe: Recipe, scale: np.ndarray, found: HierarchicalMFA | None = None
-) -> Dataset:
-    """Return training examples with the cluster of those that lie within one; others are not known.
-
-    Args:
-        data: standardised examples, without labels.
-        recipe: the number of clusters and the seed.
-        scale: standard deviations of the features, shape (D,): neighbours may be nearer in the
-            units of the data, where these are the same for all.
-        found: a clustering to keep, of which the rows that it is sure of are known; None to begin.
-    """
-    if recipe.num_classes == 1:
-        return data
-    if found is None:
-        settings: Any = {"weight": data.weight_train, "seed": recipe.seed}
-        group, within = group_examples(
-            data.x_train, recipe.num_classes, scales=(1.0, scale / scale.max()), **settings
-        )
-    else:
-        proba = np.asarray(found.predict_proba(data.x_train))
-        group, within = proba.argmax(axis=1), proba.max(axis=1) > SURE
-    inner = np.bincount(group[within], minlength=recipe.num_classes)
-    known = within | (inner == 0)[group]  # a group that is all border
-    y = np.where(known, group, -1)
-    y_valid = None if data.x_valid is None else np.full(len(data.x_valid), -1)
-    return replace(data, y_train=y, y_valid=y_valid)
-
-
-def complete(
-    z: np.ndarray, y: np.ndarray | None, recipe: Recipe, *, weight: np.ndarray | None = None
-) -> np.ndarray | None:
-    """Return the class in which each example starts: its own, or that of its neighbours.
-
-    Args:
-        z: standardised training examples, shape (N, D).
-        y: class codes, shape (N,), -1 where not known; None for a density.
-        recipe: the number of classes.
-        weight: how much each example counts, shape (N,), or None.
-    """
-    if y is None or y.min() >= 0:
-        return y
-    return spread_labels(z, y, recipe.num_classes, weight=weight)
-
-
-def fit_start(
-    z: np.ndarray,
-    y: np.ndarray | None,
-    noise_floor: np.ndarray,
-    recipe: Recipe,
-    *,
-    weight: np.ndarray | None = None,
-    starts: int = EM_STARTS,
-    moves: int = EM_MOVES,
-) -> list[MFA]:
-    """Fit by EM where trajectories start: a mixture of each class, or one of all classes.
-
-    Args:
-        z: standardised training examples, shape (N, D).
-        y: class codes, or None, where every trajectory is a class.
-        noise_floor: smallest noise variance of each feature, shape (D,).
-        recipe: sizes and seed.
-        weight: how much each example counts, shape (N,), or None.
-        starts: of EM, of which the likeliest is taken.
-        moves: of components, see `fit_em`.
-    """
-    parts, count = [np.arange(len(z))], recipe.num_classes
-    if y is not None:
-        parts = [np.flatnonzero(y == c) for c in range(recipe.num_classes)]
-        count = recipe.num_trajectories
-    settings: Any = {
-        "n_init": starts,
-        "moves": moves,
-        "max_iter": EM_ROUNDS,
-        "noise_floor": 2 * noise_floor,
-        "seed": recipe.seed,
-    }
-    found = []
-    for rows in parts:
-        if len(rows) < count:  # as few rows of a rare class as there are stand for more
-            rows = np.resize(rows, count)
-        own = None if weight is None else weight[rows]
-        found.append(fit_em(z[rows], count, recipe.rank, sample_weight=own, **settings).mixture)
-    return found
-
-
-def build_model(
-    z: np.ndarray,
-    y: np.ndarray | None,
-    noise_floor: np.ndarray,
-    recipe: Recipe,
-    curriculum: Curriculum = NoCurriculum(),  # noqa: B008
-    *,
-    weight: np.ndarray | None = None,
-) -> CPMM:
-    """Build an untrained CPMM whose trajectories start at examples, or at components fitted by EM.
-
-    Args:
-        z: standardised training examples, shape (N, D).
-        y: class codes, or None.
-        noise_floor: smallest noise variance of each feature, shape (D,).
-        recipe: sizes and seed.
-        curriculum: the examples are taken where it begins.
-        weight: how much each example counts, shape (N,), or None.
-    """
-    make = partial(
-        CPMM,
-        z.shape[1],
-        recipe.rank,
-        recipe.num_classes,
-        recipe.num_trajectories,
-        widths=recipe.widths,
-        noise_floor=noise_floor,
-        rngs=nnx.Rngs(recipe.seed),
-    )
-    if not recipe.local_start:
-        first = curriculum.stages.positions[0]
-        if first > 0:
-            z = np.asarray(curriculum.at(jnp.asarray(z), first, jax.random.key(recipe.seed)))
-        rng, count = np.random.default_rng(recipe.seed), recipe.num_trajectories
-        by_class = [z if y is None else z[y == c] for c in range(recipe.num_classes)]
-        starts = [rows[rng.choice(len(rows), count)] for rows in by_class]
-        return make(initial_means=np.stack(starts))
-    local = fit_start(z, y, noise_floor, recipe, weight=weight)
-    lead = (recipe.num_classes, recipe.num_trajectories)
-    logits, means, loadings, log_noise = (
-        jnp.stack(leaves).reshape(*lead, *leaves[0].shape[1:])
-        for leaves in zip(*map(jax.tree.leaves, local), strict=True)
-    )
-    model = make(initial_means=means, output_scale=SCALES.get(recipe.num_times, LONG_SCALE))
-    model.loadings = nnx.Param(loadings)
-    added = jnp.asarray(noise_floor, log_noise.dtype)[None, None, :]  # by the model
-    model.log_noise = nnx.Param(jnp.log(jnp.exp(log_noise) - added))
-    weights = model.trajectory_logits if y is not None else model.class_logits
-    weights[...] = logits.reshape(weights.shape)
-    if recipe.clusters and y is not None:
-        counts = np.bincount(y, weight, recipe.num_classes)
-        model.class_logits[...] = jnp.log(jnp.asarray(counts / counts.sum(), jnp.float32))
-    return model

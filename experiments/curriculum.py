@@ -28,8 +28,8 @@ from benchmarks.report import Report, Table
 from cpmm_jax.curriculum import Curriculum
 from cpmm_jax.mixture.initialise import random_start
 from cpmm_jax.models.direct import DirectMFA
-from cpmm_jax.pipeline import build_model
 from cpmm_jax.recipe import recommend
+from cpmm_jax.starts import build_model
 from experiments.ablation import shown
 from experiments.compare.cells import Cell, Settings, is_done, read
 from experiments.compare.methods import Rows, Size

@@ -23,9 +23,10 @@ from cpmm_jax.artifact import Mixture
 from cpmm_jax.curriculum import Stages
 from cpmm_jax.data import PLANAR_NAMES, Standardizer, load
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
-from cpmm_jax.pipeline import build_curriculum, build_model
+from cpmm_jax.pipeline import build_curriculum
 from cpmm_jax.plotting import plot_components
 from cpmm_jax.recipe import recommend
+from cpmm_jax.starts import build_model
 from cpmm_jax.training.config import TrainConfig
 from cpmm_jax.training.loop import fit
 

@@ -29,8 +29,8 @@ from benchmarks.report import Table
 from cpmm_jax.data import make
 from cpmm_jax.mixture.initialise import random_start
 from cpmm_jax.models.direct import DirectMFA
-from cpmm_jax.pipeline import build_model
 from cpmm_jax.recipe import recommend
+from cpmm_jax.starts import build_model
 
 RESULT = Path(__file__).parent / "results" / "gaussians25.json"
 TRAIN, TEST, COMPONENTS, DEVIATION = 2000, 5000, 25, 0.05

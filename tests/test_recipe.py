@@ -11,8 +11,9 @@ import pytest
 
 from cpmm_jax.data.dataset import Dataset
 from cpmm_jax.mixture.em import fit_em
-from cpmm_jax.pipeline import build_model, divide, fit_mixture, fit_start
+from cpmm_jax.pipeline import fit_mixture
 from cpmm_jax.recipe import recommend
+from cpmm_jax.starts import build_model, divide, fit_start
 
 
 @pytest.mark.parametrize(

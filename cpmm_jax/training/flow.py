@@ -137,7 +137,7 @@ def fit_flow(
     identity = partial(
         fingerprint_of,
         flow,
-        run.parts.params,
+        run.parts.fixed,
         config,
         named_leaves("data", data),
         objective=repr(objective),

@@ -148,14 +148,14 @@ def fit(
     start = time.perf_counter()
     config = TrainConfig() if config is None else config
     config.check()
-    params = take_apart(model).params
-    data = prepare(model, params, x, y, x_valid, y_valid, config, sample_weight, weight_valid)
+    parts = take_apart(model)
+    data = prepare(model, parts.params, x, y, x_valid, y_valid, config, sample_weight, weight_valid)
     check_curriculum(curriculum, data.train.x.shape[1])
     run = _Run(model, data, config, curriculum, optimizer, start)
     identity = partial(
         fingerprint_of,
         model,
-        params,
+        parts.fixed,
         config,
         {**named_leaves("train", data.train), **named_leaves("valid", data.valid)},
         curriculum=describe_curriculum(curriculum),

@@ -334,13 +334,13 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def fingerprint_of(
-    model: Any, params: Any, config: TrainConfig, data: Mapping[str, Any], **others: Any
+    model: Any, fixed: Any, config: TrainConfig, data: Mapping[str, Any], **others: Any
 ) -> Fingerprint:
     """Return what a training depends on, as JSON holds it.
 
     Args:
         model: what is trained.
-        params: its parameters at the start.
+        fixed: its arrays that are not trained; those that are come with a snapshot.
         config: settings.
         data: arrays by name, or None.
         **others: what else there is, of text and numbers.
@@ -351,12 +351,17 @@ def fingerprint_of(
         for name, array in data.items()
         if array is not None
     }
-    start = _hash(jax.tree.leaves(params))
     described: dict[str, Any] = {"kind": type(model).__name__}
     if isinstance(model, CPMM | CNF):
         with suppress(ConfigError):  # a solver with settings of its own
             described = _plain(describe_model(model))
-    return {"model": described, "start": start, "config": settings, "data": parts, **others}
+    return {
+        "model": described,
+        "fixed": _hash(jax.tree.leaves(fixed)),
+        "config": settings,
+        "data": parts,
+        **others,
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -14,8 +14,9 @@ from cpmm_jax.mixture.em import fit_em
 from cpmm_jax.mixture.initialise import kmeans_start, random_start
 from cpmm_jax.models.direct import DirectMFA
 from cpmm_jax.models.selection import broaden_by_validation
-from cpmm_jax.pipeline import EM_MOVES, EM_STARTS, TAIL_NOISE, fit_mixture
+from cpmm_jax.pipeline import TAIL_NOISE, fit_mixture
 from cpmm_jax.recipe import Recipe, recommend
+from cpmm_jax.starts import EM_MOVES, EM_STARTS
 from experiments.compare.methods import Rows, Size, component_counts
 from experiments.compare.search import Axes, Budget, Choice, Density, Fitted, search
 
