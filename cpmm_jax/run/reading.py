@@ -76,9 +76,22 @@ class Run:
         return Source(**self.config["source"])
 
     def history(self) -> list[dict[str, Any]]:
-        """Return the reports of the training."""
-        lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        """Return the reports of the training.
+
+        Raises:
+            RunError: their file is missing or damaged.
+        """
+        path = self.path / "metrics.jsonl"
+        try:
+            reports = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            if not all(isinstance(report, dict) and "step" in report for report in reports):
+                raise ValueError("a line that is no report")
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunError(
+                f"{str(path)!r} must hold a report on every line; got {type(error).__name__}: "
+                f"{' '.join(str(error).split())}; fit again."
+            ) from error
+        return reports
 
     def load_model(self) -> CPMM:
         """Return the trained model, in standardised units.
