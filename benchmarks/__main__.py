@@ -6,7 +6,16 @@ import subprocess
 import sys
 import time
 
-SHORT = ("density", "training_step", "solvers", "em", "inference", "startup", "scaling")
+SHORT = (
+    "density",
+    "training_step",
+    "solvers",
+    "em",
+    "inference",
+    "startup",
+    "scaling",
+    "snapshots",
+)
 FULL = (*SHORT, "flow")
 
 if __name__ == "__main__":
