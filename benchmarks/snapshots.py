@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
@@ -34,7 +35,8 @@ def train(digits: Digits, steps: int, folder: str | None) -> tuple[float, list[f
         write(path, snapshot)
         written.append(time.perf_counter() - start)
 
-    model = cpmm.CPMM(64, 12, 10, widths=(256, 256), noise_floor=digits.noise_floor, rngs=nnx.Rngs(0))
+    sizes: Any = {"widths": (256, 256), "noise_floor": digits.noise_floor}
+    model = cpmm.CPMM(64, 12, 10, **sizes, rngs=nnx.Rngs(0))
     saved = None if folder is None else cpmm.Checkpoints(folder=folder, every_seconds=EVERY)
     snapshots.write_snapshot = timed  # type: ignore[assignment]
     try:

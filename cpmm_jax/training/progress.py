@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from cpmm_jax.errors import RunError
+from cpmm_jax.errors import RunError, SnapshotWarning
 from cpmm_jax.training.config import Schedule, TrainConfig
 from cpmm_jax.training.state import CAUSES, BlockTotals, TrainState
 
@@ -74,24 +75,29 @@ def _short(value: float | None, form: str) -> str:
 class MetricsFile:
     """A JSON-lines file of reports, written line by line so that a killed run leaves its curve.
 
+    Where a line cannot be written (a full disk, say), training goes on, and the line is written
+    with the next one.
+
     Args:
         path: a file that does not exist yet, or None for no file.
         earlier: reports of a run that goes on, with which the file begins, where it may exist.
 
     Raises:
         RunError: the file exists or cannot be made.
+
+    Warns:
+        SnapshotWarning: a line could not be written.
     """
 
     def __init__(
         self, path: str | Path | None, earlier: Sequence[Mapping[str, Any]] | None = None
     ) -> None:
         self._file: Any = None
+        self._waiting, self._end = b"", 0
         if path is None:
             return
         try:
-            self._file = Path(path).open(  # noqa: SIM115
-                "x" if earlier is None else "w", encoding="utf-8"
-            )
+            self._file = Path(path).open("xb" if earlier is None else "wb", buffering=0)  # noqa: SIM115
         except FileExistsError as error:
             raise RunError(
                 f"`metrics_path` must name a new file; {str(path)!r} exists; "
@@ -118,10 +124,23 @@ class MetricsFile:
             self._file.close()
 
     def write(self, report: Mapping[str, Any]) -> None:
-        """Append one line and flush it."""
-        if self._file is not None:
-            self._file.write(json.dumps(report, allow_nan=False) + "\n")
-            self._file.flush()
+        """Append one line."""
+        if self._file is None:
+            return
+        told = bool(self._waiting)
+        self._waiting += json.dumps(report, allow_nan=False).encode() + b"\n"
+        try:
+            self._file.seek(self._end)  # over half a line that was written before
+            self._file.truncate()
+            if self._file.write(self._waiting) < len(self._waiting):
+                raise OSError("no space for the whole line")
+        except OSError as error:
+            if not told:
+                message = f"a report could not be written ({error}); training goes on"
+                warnings.warn(message, SnapshotWarning, stacklevel=2)
+            return
+        self._end += len(self._waiting)
+        self._waiting = b""
 
 
 def number(value: Any) -> float | None:

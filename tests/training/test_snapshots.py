@@ -24,6 +24,7 @@ import cpmm_jax as cpmm
 from cpmm_jax.errors import ConfigError, Interrupted, RunError, SnapshotWarning
 from cpmm_jax.training import running, snapshots
 from cpmm_jax.training.keeper import LOCK, locked
+from cpmm_jax.training.progress import MetricsFile
 from cpmm_jax.training.snapshots import differences, read_snapshot
 from tests.training.stand_in import QUICK, planted, start
 
@@ -309,6 +310,35 @@ def test_a_full_disk_costs_a_snapshot_only(tmp_path: Path, monkeypatch: pytest.M
     assert_same(result, train())
     assert not list(tmp_path.glob("*.part"))
     assert read_snapshot(newest(tmp_path)).host["step"] == result.steps
+
+
+def test_a_full_disk_delays_the_reports(tmp_path: Path) -> None:
+    class Disk:
+        """A file whose disk is full for some writes, of which half a line is left."""
+
+        def __init__(self, path: Path) -> None:
+            self.file, self.writes = path.open("wb", buffering=0), 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def write(self, content: bytes) -> int:
+            self.writes += 1
+            if self.writes == 2:
+                return self.file.write(content[:5])
+            if self.writes == 3:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(content)
+
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path) as metrics:
+        metrics._file.close()
+        metrics._file = Disk(path)
+        with pytest.warns(SnapshotWarning, match="report could not be written .*goes on") as seen:
+            for step in range(5):
+                metrics.write({"step": step})
+    assert len(seen) == 1
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*range(5)]
 
 
 def test_names_are_plain(saved: Path) -> None:
