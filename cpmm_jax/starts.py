@@ -24,6 +24,7 @@ from cpmm_jax.recipe import Recipe
 EM_STARTS, EM_MOVES, EM_ROUNDS = 3, 20, 200  # before the training
 SCALES = {1: 0.03, 2: 0.1}  # of the field's output by T, where the start is local
 LONG_SCALE = 0.3  # for more
+SAME_UNITS = 10.0  # largest standard deviation by the median one, of features in the same units
 SURE = 0.99  # probability of a cluster, where training goes on from one
 
 
@@ -60,28 +61,30 @@ def divide(data: Dataset, noise_floor: np.ndarray, recipe: Recipe) -> Recipe:
 def with_clusters(
     data: Dataset, recipe: Recipe, scale: np.ndarray, found: HierarchicalMFA | None = None
 ) -> Dataset:
-    """Return training examples with the cluster of those that lie within one; others are not known.
+    """Return training examples with the cluster of each; of validation examples it is not known.
+
+    Clusters are groups of near neighbours (see `mixture.grouping`), in standardised units or, where
+    those of the data may be the same for all features, in these, whichever falls apart better.
 
     Args:
         data: standardised examples, without labels.
         recipe: the number of clusters and the seed.
-        scale: standard deviations of the features, shape (D,): neighbours may be nearer in the
-            units of the data, where these are the same for all.
+        scale: standard deviations of the features, shape (D,).
         found: a clustering to keep, of which the rows that it is sure of are known; None to begin.
     """
     if recipe.num_classes == 1:
         return data
     if found is None:
+        scales: list[Any] = [1.0]
+        if scale.max() <= SAME_UNITS * np.median(scale):
+            scales.append(scale / scale.max())
         settings: Any = {"weight": data.weight_train, "seed": recipe.seed}
-        group, within = group_examples(
-            data.x_train, recipe.num_classes, scales=(1.0, scale / scale.max()), **settings
-        )
+        y = group_examples(data.x_train, recipe.num_classes, scales=scales, **settings)
     else:
         proba = np.asarray(found.predict_proba(data.x_train))
-        group, within = proba.argmax(axis=1), proba.max(axis=1) > SURE
-    inner = np.bincount(group[within], minlength=recipe.num_classes)
-    known = within | (inner == 0)[group]  # a group that is all border
-    y = np.where(known, group, -1)
+        group, sure = proba.argmax(axis=1), proba.max(axis=1) > SURE
+        any_sure = np.bincount(group[sure], minlength=recipe.num_classes) > 0
+        y = np.where(sure | ~any_sure[group], group, -1)
     y_valid = None if data.x_valid is None else np.full(len(data.x_valid), -1)
     return replace(data, y_train=y, y_valid=y_valid)
 

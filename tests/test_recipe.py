@@ -13,7 +13,7 @@ from cpmm_jax.data.dataset import Dataset
 from cpmm_jax.mixture.em import fit_em
 from cpmm_jax.pipeline import fit_mixture
 from cpmm_jax.recipe import recommend
-from cpmm_jax.starts import build_model, divide, fit_start
+from cpmm_jax.starts import build_model, divide, fit_start, with_clusters
 
 
 @pytest.mark.parametrize(
@@ -122,3 +122,24 @@ def test_a_rare_class_starts_as_many_trajectories(rng: np.random.Generator) -> N
     recipe = recommend(400, 2, 2, labelled=True, components=16, trajectories=8, rank=1)
     starts = fit_start(z, y, np.full(2, 0.01), recipe, starts=1, moves=0)
     assert [start.num_components for start in starts] == [8, 8]
+
+
+def test_a_feature_in_other_units_does_not_make_the_clusters(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the data's units only the sixth feature is seen, along which any cut cuts few edges."""
+    y = np.arange(300) % 2
+    x = rng.normal(size=(300, 6)) + 2.0 * y[:, None]
+    x[:, 5] = 1000.0 * rng.uniform(size=300)
+    scale = x.std(axis=0)
+    z = ((x - x.mean(axis=0)) / scale).astype(np.float32)
+    recipe = recommend(300, 6, clusters=2)
+
+    def agreement() -> float:
+        found = with_clusters(Dataset("z", z, None), recipe, scale).y_train
+        assert found is not None
+        return float(abs(np.corrcoef(found, y)[0, 1]))
+
+    assert agreement() > 0.95
+    monkeypatch.setattr("cpmm_jax.starts.SAME_UNITS", np.inf)
+    assert agreement() < 0.5

@@ -175,9 +175,8 @@ class CPMMClassifier(Classifier, _Continuous):
 class CPMMCluster(Cluster, _Continuous):
     """Every cluster a mixture read off trajectories of one field.
 
-    The graph of nearest neighbours is cut into clusters (see `mixture.grouping`). A CPMM with a
-    class for each is then trained: on log p(x, cluster) of the rows whose neighbours are all of the
-    same one, and on log p(x) of those at borders, which Bayes' rule settles.
+    The graph of nearest neighbours is cut into clusters (see `mixture.grouping`); a CPMM with a
+    class for each is trained on log p(x, cluster), and Bayes' rule says of which one a row is.
 
     Args:
         n_clusters: a number, or "auto" for what the Bayesian information criterion finds.

@@ -10,12 +10,12 @@ image segmentation" (2000); Zhou et al., "Learning with local and global consist
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from scipy.sparse.linalg import eigsh
 
 from cpmm_jax.mixture.initialise import kmeans
@@ -29,18 +29,6 @@ STEPS = 100
 BLOCK_ELEMENTS = 2**22  # distances held at a time
 
 
-class Groups(NamedTuple):
-    """Examples in groups.
-
-    Attributes:
-        group: of each example, shape (N,).
-        within: whether all its neighbours are of the same, shape (N,); the others are at a border.
-    """
-
-    group: Int[np.ndarray, " N"]
-    within: Bool[np.ndarray, " N"]
-
-
 def group_examples(
     x: Float[np.ndarray, "N D"],
     num_groups: int,
@@ -48,7 +36,7 @@ def group_examples(
     scales: Sequence[npt.ArrayLike] = (1.0,),
     weight: Float[np.ndarray, " N"] | None = None,
     seed: int = 0,
-) -> Groups:
+) -> Int[np.ndarray, " N"]:
     """Cut the graph of nearest neighbours where few of its edges are.
 
     Which neighbours are near depends on the units of the features. Of several choices that is taken
@@ -63,13 +51,13 @@ def group_examples(
         seed: of the k-means among eigenvectors, and of the examples drawn where there are many.
 
     Returns:
-        The group of each example, and which lie within their group; no group is empty.
+        The group of each example, shape (N,); no group is empty.
     """
     rows = np.arange(len(x))
     if len(x) > MOST_ROWS:
         rows = np.sort(np.random.default_rng(seed).choice(rows, MOST_ROWS, replace=False))
     own = np.ones(len(rows)) if weight is None else weight[rows]
-    best: tuple[float, Any, Any, Any] = (np.inf, None, None, None)
+    best: tuple[float, Any, Any] = (np.inf, None, None)
     for scale in scales:
         scaled = np.asarray(x, np.float32) * np.asarray(scale, np.float32)
         counted = scipy.sparse.diags_array(own)
@@ -77,15 +65,11 @@ def group_examples(
         groups = _spectral(graph, num_groups, seed)
         cut = _normalised_cut(graph, groups, num_groups)
         if cut < best[0] or best[1] is None:
-            best = cut, groups, graph, scaled
-    _, groups, graph, scaled = best
-    edges = graph.tocoo()
-    leaving = groups[edges.row] != groups[edges.col]
-    within = np.bincount(edges.row[leaving], minlength=len(groups)) == 0
+            best = cut, groups, scaled
+    _, groups, scaled = best
     if len(rows) < len(x):
-        nearest = nearest_rows(scaled, scaled[rows], 1)[:, 0]
-        groups, within = groups[nearest], within[nearest]
-    return Groups(groups, within)
+        groups = groups[nearest_rows(scaled, scaled[rows], 1)[:, 0]]
+    return groups  # type: ignore[no-any-return]
 
 
 def _members(groups: Int[np.ndarray, " N"], num_groups: int) -> Any:
