@@ -21,6 +21,7 @@ import cpmm_jax as cpmm
 from benchmarks.report import Report, Table, main
 from benchmarks.training_step import Digits
 from cpmm_jax.training import snapshots
+from cpmm_jax.training.snapshot_file import Snapshot
 
 EVERY, USUAL = 2.0, 30.0  # seconds
 
@@ -30,7 +31,7 @@ def train(digits: Digits, steps: int, folder: str | None) -> tuple[float, list[f
     written: list[float] = []
     write = snapshots.write_snapshot
 
-    def timed(path: Path, snapshot: snapshots.Snapshot) -> None:
+    def timed(path: Path, snapshot: Snapshot) -> None:
         start = time.perf_counter()
         write(path, snapshot)
         written.append(time.perf_counter() - start)

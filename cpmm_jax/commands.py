@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +76,8 @@ def _stopped_by_sigterm(out: str) -> Iterator[None]:
     def stop(number: int, frame: Any) -> NoReturn:
         raise Interrupted("the fit was stopped by SIGTERM.", number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    main = threading.current_thread() is threading.main_thread()  # others may handle no signals
+    before = signal.signal(signal.SIGTERM, stop) if main else None
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as error:
@@ -83,7 +85,8 @@ def _stopped_by_sigterm(out: str) -> Iterator[None]:
         said = str(error).split(";", maxsplit=1)[0].rstrip(".") or "the fit was interrupted"
         raise Interrupted(f"{said}; go on with: cpmm fit --resume {out}", number) from error
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if main:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -274,6 +274,8 @@ def describe_curriculum(curriculum: Curriculum) -> dict[str, Any]:
         **stages,
         "positions": list(stages["positions"]),
     }
+    if isinstance(curriculum, CustomCurriculum):
+        described["function"] = getattr(curriculum.function, "__qualname__", "")
     if isinstance(curriculum, FlowCurriculum):
         total = hashlib.sha256()
         for leaf in jax.tree.leaves(curriculum.flow):

@@ -29,7 +29,7 @@ from cpmm_jax.data import load
 from cpmm_jax.errors import CpmmError, RunError
 from cpmm_jax.run import open_run
 from cpmm_jax.training.checkpoint import load_model, save_model
-from cpmm_jax.training.snapshots import Snapshot, read_snapshot, write_snapshot
+from cpmm_jax.training.snapshot_file import Snapshot, read_snapshot, write_snapshot
 from tests.artifact.golden import GOLDEN
 from tests.models.small import small
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "cpmm_jax"
 ROOMS = [
     "errors",
+    "files",
     "mixture",
     "dynamics",
     "models",

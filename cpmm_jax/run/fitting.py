@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from typing import Any
 from cpmm_jax import __version__, artifact
 from cpmm_jax.errors import RunError
 from cpmm_jax.evaluate import evaluate
+from cpmm_jax.files import write_json
 from cpmm_jax.run.folder import ORDER, TRAINING, check_free, new_folder, old_folder
 from cpmm_jax.run.reading import FLOW, MODEL, SCHEMA, Source
 
@@ -88,7 +90,7 @@ def fit_run(
     """
     order = Order(source, settings, None if flow is None else str(flow), overwrite)
     with new_folder(out, overwrite=overwrite) as folder:
-        _write_json(folder / ORDER, asdict(order))
+        write_json(folder / ORDER, asdict(order))
         return _fill(folder, order, progress=progress, every_seconds=every_seconds)
 
 
@@ -104,7 +106,7 @@ def resume_run(
 
     Args:
         out: the folder that was asked for.
-        allow_changes: whether to go on with other settings, data or libraries.
+        allow_changes: whether to go on with other settings or data.
         progress: as for `fit`.
         every_seconds: as for `fit_run`.
         **changes: settings of `recommend` that are given again.
@@ -128,6 +130,8 @@ def resume_run(
             )
         check_free(Path(out), overwrite=order.overwrite)
         order = replace(order, settings=order.settings | changes)
+        if found:
+            write_json(folder / ORDER, asdict(order))
         kept: dict[str, Any] = {"progress": progress, "every_seconds": every_seconds}
         return _fill(folder, order, resume=True, allow_changes=allow_changes, **kept)
 
@@ -179,6 +183,10 @@ def _fill(
         resume=resume,
     )
     recipe = fitted.recipe  # with what validation has settled
+    for name in (MODEL, FLOW):  # of a process that was killed here
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for left in folder.glob(".*.part"):
+        left.unlink()
     artifact.save(
         folder / "mixture.npz",
         fitted.mixture,
@@ -208,8 +216,8 @@ def _fill(
         "rows_test": len(data.x_test),
         "seconds": time.perf_counter() - start,
     }
-    _write_json(folder / "metrics.json", metrics)
-    _write_json(
+    write_json(folder / "metrics.json", metrics)
+    write_json(
         folder / "config.json",
         {
             "schema": SCHEMA,
@@ -231,7 +239,3 @@ def _flow_folder(path: str | os.PathLike[str]) -> Path:
 
 
 _BARE = ("accuracy", "nmi", "ari")  # these say by themselves that they are of the test part
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

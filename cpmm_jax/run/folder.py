@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cpmm_jax.errors import CpmmError, Interrupted, RunError
+from cpmm_jax.errors import Interrupted, RunError
+from cpmm_jax.files import LOCK, locked
 
 ORDER, TRAINING = "fit.json", Path("checkpoints", "training")  # of an unfinished run
 
@@ -23,7 +26,7 @@ def part_of(path: str | os.PathLike[str]) -> Path:
 def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Give a hidden folder to fill, which becomes `path` when all went well.
 
-    It is kept where the fit was interrupted, or crashed after it had been saved; where data or
+    It is kept where the fit was interrupted, or failed after it had been saved; where data or
     settings are wrong it disappears. An older run at `path` is replaced at the end only, and only
     with `overwrite`.
 
@@ -35,13 +38,16 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     check_free(path, overwrite=overwrite)
     part = part_of(path)
     if part.exists():
-        with _alone(part):
-            if not overwrite:
+        with locked(part):
+            begun = any((part / name).is_file() for name in (ORDER, "config.json"))
+            if begun and not overwrite:
                 raise RunError(
                     f"{str(path)!r} must not be begun yet; got an unfinished fit; go on with "
                     f"`cpmm fit --resume {path}`, or begin anew with `--overwrite`."
                 )
-        shutil.rmtree(part)
+            away = part.with_name(f"{part.name}.{secrets.token_hex(4)}")
+            os.replace(part, away)
+        shutil.rmtree(away, ignore_errors=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()
@@ -51,15 +57,16 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
             f"got {error.strerror or error}; choose another `--out`."
         ) from error
     try:
-        with _alone(part):
+        with locked(part):
             yield part
+            _put_in_place(part, path, overwrite=overwrite)
     except (Interrupted, KeyboardInterrupt):
         raise
-    except BaseException as error:
-        if isinstance(error, CpmmError) or not any(part.glob(f"{TRAINING}/*/0*")):
+    except BaseException:
+        if not any(part.glob(f"{TRAINING}/*/0*")):  # nothing is lost
             shutil.rmtree(part, ignore_errors=True)
         raise
-    _finish(part, path)
+    _clean(path)
 
 
 @contextmanager
@@ -77,9 +84,14 @@ def old_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             f"{str(path)!r} must be an unfinished run to go on with; got {found}; "
             "begin with `cpmm fit DATA --out`."
         )
-    with _alone(part):
+    with locked(part):
         yield part
-    _finish(part, path)
+        _put_in_place(part, path, overwrite=_may_replace(part))
+    _clean(path)
+
+
+def _may_replace(part: Path) -> bool:
+    return bool(json.loads((part / ORDER).read_text(encoding="utf-8"))["overwrite"])
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
@@ -99,32 +111,17 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         )
 
 
-@contextmanager
-def _alone(part: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which the system takes back from a process that is killed."""
-    from filelock import FileLock, Timeout  # reading a run needs none
+def _put_in_place(part: Path, path: Path, *, overwrite: bool) -> None:
+    """Give a complete folder its name; an older run there is kept until that is done.
 
-    try:
-        with FileLock(part / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise RunError(
-            f"{str(part)!r} must be used by one process at a time; got another one that fits "
-            "there; wait for it, or choose another `--out`."
-        ) from error
-
-
-def _finish(part: Path, path: Path) -> None:
-    for name in (".lock", ORDER):
-        (part / name).unlink(missing_ok=True)
-    shutil.rmtree(part / TRAINING, ignore_errors=True)
-    _put_in_place(part, path)
-
-
-def _put_in_place(part: Path, path: Path) -> None:
+    Raises:
+        RunError: `path` has been taken meanwhile, or cannot be replaced.
+    """
+    check_free(path, overwrite=overwrite)
     old = part.with_suffix(".old")
     try:
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
             os.replace(path, old)
         os.replace(part, path)
     except OSError as error:
@@ -135,3 +132,10 @@ def _put_in_place(part: Path, path: Path) -> None:
             "choose another `--out`."
         ) from error
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _clean(path: Path) -> None:
+    """Remove from a finished run what only an unfinished one needs."""
+    for name in (LOCK, ORDER):
+        (path / name).unlink(missing_ok=True)
+    shutil.rmtree(path / TRAINING, ignore_errors=True)

@@ -26,7 +26,7 @@ from flax import nnx
 
 from cpmm_jax.dynamics.flow import CNF
 from cpmm_jax.dynamics.solve import SolverConfig
-from cpmm_jax.errors import ConfigError, RunError
+from cpmm_jax.errors import ConfigError, Interrupted, RunError
 from cpmm_jax.models.cpmm import CPMM
 
 Model = TypeVar("Model", CPMM, CNF)
@@ -131,7 +131,7 @@ def load_model(folder: str | os.PathLike[str], kind: type[Model] = CPMM) -> Mode
         nnx.replace_by_pure_dict(state, free)
         nnx.update(model, state)
         model = jax.tree.map(_concrete, model)
-    except RunError:
+    except (RunError, Interrupted):
         raise
     except Exception as error:  # Orbax and TensorStore raise of every kind
         raise _damaged(folder, error) from error

@@ -38,7 +38,8 @@ from cpmm_jax.training.keeper import kept
 from cpmm_jax.training.latent import LatentCheck, check_latent
 from cpmm_jax.training.progress import Ending, MetricsFile, ProgressBar, number
 from cpmm_jax.training.running import Report, Running
-from cpmm_jax.training.snapshots import Checkpoints, fingerprint_of, named_leaves
+from cpmm_jax.training.snapshot_file import named_leaves
+from cpmm_jax.training.snapshots import Checkpoints, fingerprint_of
 
 EXACT_DIM = 128  # features above which a trace without a closed form is estimated at the end
 CHECKED_ROWS = 2048  # training rows whose latent points are checked where there is no validation

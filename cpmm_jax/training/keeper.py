@@ -10,14 +10,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from filelock import FileLock, Timeout
-
-from cpmm_jax.errors import ConfigError, Interrupted, RunError
+from cpmm_jax.errors import ConfigError, Interrupted
+from cpmm_jax.files import locked
 from cpmm_jax.training.running import Running
 from cpmm_jax.training.snapshots import Checkpoints, Fingerprint, Saver
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-LOCK = ".lock"
 
 
 class Keeper:
@@ -35,17 +33,18 @@ class Keeper:
     def _between(self) -> None:
         run = self._run
         if self._caught:
-            self._saver.save(run.step, run.saved(), wait=True)
-            self.end("stopped")
+            saved = self._saver.save(run.step, run.saved(), wait=True)
+            self.end("stopped", saved=saved)
         if self._saver.due(run.step):
             self._saver.save(run.step, run.saved())
 
-    def end(self, how: str) -> NoReturn:
-        """Raise Interrupted: the training has been saved."""
+    def end(self, how: str, *, saved: bool) -> NoReturn:
+        """Raise Interrupted: the training has been saved, or could not be."""
         number, run = self._caught[0], self._run
+        after = "is saved" if saved else "could not be saved since its last snapshot"
         raise Interrupted(
             f"training was {how} by {signal.Signals(number).name} at step {run.step} of "
-            f"{run.config.steps}, and is saved; go on with `resume`.",
+            f"{run.config.steps}, and {after}; go on with `resume`.",
             number,
         )
 
@@ -77,36 +76,20 @@ def kept(
         return
     if not isinstance(checkpoints, Checkpoints):
         checkpoints = Checkpoints(folder=checkpoints)
-    with Saver(checkpoints, fingerprint()) as saver, locked(Path(checkpoints.folder) / LOCK):
+    saver = Saver(checkpoints, fingerprint())
+    with locked(Path(checkpoints.folder)), saver, signals_caught() as caught:
+        saver.tidy()
         if resume:
             found = saver.restore()
             if found is not None:
                 run.restore(found)
         else:
             saver.check_empty()
-        with signals_caught() as caught:
-            keeper = Keeper(run, saver, caught)
-            yield keeper
-            saver.save(run.step, run.saved(), wait=True)
-            if caught:
-                keeper.end("finished when it was stopped")
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock, which the system takes back from a process that is killed.
-
-    Raises:
-        RunError: another process holds it.
-    """
-    try:
-        with FileLock(path, timeout=0):
-            yield
-    except Timeout as error:
-        raise RunError(
-            f"{str(path.parent)!r} must be used by one process at a time; got another one that "
-            "trains there; wait for it, or choose another folder."
-        ) from error
+        keeper = Keeper(run, saver, caught)
+        yield keeper
+        saved = saver.save(run.step, run.saved(), wait=True)
+        if caught:
+            keeper.end("finished when it was stopped", saved=saved)
 
 
 @contextmanager
@@ -120,7 +103,7 @@ def signals_caught() -> Iterator[list[int]]:
 
     def put_back() -> None:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def catch(number: int, frame: FrameType | None) -> None:
         caught.append(number)

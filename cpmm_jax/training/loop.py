@@ -21,13 +21,14 @@ from cpmm_jax.curriculum import (
     check_curriculum,
     describe_curriculum,
 )
-from cpmm_jax.errors import TrainingError
+from cpmm_jax.errors import RunError, TrainingError
 from cpmm_jax.training.config import TrainConfig, default_optimizer, learning_rate_schedule
 from cpmm_jax.training.inputs import Data, prepare, take_apart
 from cpmm_jax.training.keeper import kept
 from cpmm_jax.training.progress import Ending, MetricsFile, ProgressBar
 from cpmm_jax.training.running import Report, Running
-from cpmm_jax.training.snapshots import Checkpoints, Snapshot, fingerprint_of, named_leaves
+from cpmm_jax.training.snapshot_file import Snapshot, named_leaves
+from cpmm_jax.training.snapshots import Checkpoints, fingerprint_of
 from cpmm_jax.training.stages import Staircase
 from cpmm_jax.training.state import snapshot
 from cpmm_jax.training.step import Plan, Settings, make_keys, run_block, validation_score
@@ -271,7 +272,13 @@ class _Run(Running):
         return Snapshot(arrays, {**host, "stage": self.stages.place()})
 
     def restore(self, saved: Snapshot) -> None:
-        self.stages.put(saved.host["stage"])
+        try:
+            self.stages.put(saved.host["stage"])
+        except LookupError as error:
+            raise RunError(
+                "the snapshot must be of a training along the same curriculum; got another; "
+                "begin anew."
+            ) from error
         self._set_position()
         super().restore(saved)
 

@@ -121,6 +121,8 @@ class MetricsFile:
         traceback: TracebackType | None,
     ) -> None:
         if self._file is not None:
+            if self._waiting:
+                self._try_again()
             self._file.close()
 
     def write(self, report: Mapping[str, Any]) -> None:
@@ -129,18 +131,23 @@ class MetricsFile:
             return
         told = bool(self._waiting)
         self._waiting += json.dumps(report, allow_nan=False).encode() + b"\n"
+        reason = self._try_again()
+        if reason and not told:
+            message = f"a report could not be written ({reason}); training goes on"
+            warnings.warn(message, SnapshotWarning, stacklevel=2)
+
+    def _try_again(self) -> str | None:
+        """Write what waits; return why that failed, or None."""
         try:
             self._file.seek(self._end)  # over half a line that was written before
             self._file.truncate()
             if self._file.write(self._waiting) < len(self._waiting):
-                raise OSError("no space for the whole line")
+                return "no space for the whole line"
         except OSError as error:
-            if not told:
-                message = f"a report could not be written ({error}); training goes on"
-                warnings.warn(message, SnapshotWarning, stacklevel=2)
-            return
+            return str(error)
         self._end += len(self._waiting)
         self._waiting = b""
+        return None
 
 
 def number(value: Any) -> float | None:

@@ -20,7 +20,7 @@ from cpmm_jax.errors import SolverError
 from cpmm_jax.training.config import TrainConfig
 from cpmm_jax.training.inputs import Parts, take_apart
 from cpmm_jax.training.progress import Ending, ending, means, number, refusals, scheduled_rate
-from cpmm_jax.training.snapshots import Snapshot, from_named, named_leaves
+from cpmm_jax.training.snapshot_file import Snapshot, from_named, named_leaves
 from cpmm_jax.training.state import (
     CAUSES,
     FAILED_SOLVE,
@@ -37,7 +37,7 @@ Report = dict[str, Any]
 
 LOOK = 1.0  # seconds of training between two looks at the clock, where there is one
 SLOWER = 0.5  # times the learning rate, after a return
-STIFF = 4.0  # times the ODE steps of the first report, from which a field counts as stiff
+STIFF = 10.0  # times the ODE steps of the first report (up to 5 are usual): a field that is stiff
 MORE_STEPS = 4  # times `max_steps`, after a return because of failed solves
 
 
@@ -250,7 +250,9 @@ class Running(ABC):
         self.totals = BlockTotals(**{name: jnp.array(arrays[f"totals/{name}"]) for name in _TOTALS})
         score = host["best_score"]
         self.best_score = -math.inf if score is None else score
-        self.best_step, self.stale, self.stopped = host["best_step"], host["stale"], host["stopped"]
+        self.best_step, self.stale = host["best_step"], host["stale"]
+        if host["stopped"] is not None:  # unless it may now take more steps
+            self.stopped = ending(self.state, self.config, self.stale)
         self.history, self.reported, self.returns = host["history"], host["reported"], 0
         for _ in range(host["returns"]):
             self._slow_down()

@@ -1,24 +1,10 @@
-"""Snapshots of a training under way, from which it goes on to the same result, bit by bit.
-
-A folder of snapshots holds one folder for each, named by its step:
-
-    00001200/arrays/      in Orbax's format, by name: `model/field/layers/0/kernel`, ... (what is
-                          trained), `best/...` (by validation), `good/...` (at the last report),
-                          `optimizer/...`, `totals/...` (since the last report), `step`, `refused`
-    00001200/state.json   what the host keeps: reports, best score, stage of the curriculum, returns
-                          to good parameters; settings, data and versions that it belongs to; and a
-                          checksum of this and of `arrays/` (schema 1)
-
-Batches, pseudotimes and noise are functions of the seed and of the step, so no position in the data
-and no generator is stored. `state.json` is written last, and the folder then gets its name: one
-that has it is complete. They are written in the background; the newest few are kept.
-"""
+"""Where and when a training is saved, what it belongs to, and from where it goes on."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import re
 import shutil
 import time
 import warnings
@@ -26,28 +12,29 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from cpmm_jax import __version__
 from cpmm_jax.dynamics.flow import CNF
 from cpmm_jax.errors import ConfigError, RunError, SnapshotWarning
 from cpmm_jax.models.cpmm import CPMM
-from cpmm_jax.training.checkpoint import checksum, describe_model
+from cpmm_jax.training.checkpoint import describe_model
 from cpmm_jax.training.config import TrainConfig
+from cpmm_jax.training.snapshot_file import (
+    Snapshot,
+    data_of,
+    read_snapshot,
+    versions_now,
+    write_snapshot,
+)
 
 logger = logging.getLogger("cpmm_jax")
 
-SCHEMA = 1
-ARRAYS, STATE = "arrays", "state.json"
-_PART = ".part"
-_LIBRARIES = ("jax", "flax", "optax", "diffrax", "orbax-checkpoint", "numpy")
+_PART, _OLD, _DAMAGED = ".part", ".old", ".damaged"
 
 Fingerprint = dict[str, Any]
 
@@ -80,13 +67,6 @@ class Checkpoints:
                 raise ConfigError(f"`{name}` must be at least {least}; got {value!r}.")
 
 
-class Snapshot(NamedTuple):
-    """What was saved: arrays by name, and what the host keeps."""
-
-    arrays: dict[str, Any]
-    host: dict[str, Any]
-
-
 class Saver:
     """Saves a training into its folder, in the background, and reads the newest good snapshot.
 
@@ -98,7 +78,7 @@ class Saver:
     def __init__(self, checkpoints: Checkpoints | None, fingerprint: Fingerprint) -> None:
         self._settings, self._fingerprint = checkpoints, fingerprint
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
-        self._pending: Future[None] | None = None
+        self._pending: Future[bool] | None = None
         self._last_time, self._last_step = time.monotonic(), 0
         self._failing = False
         if checkpoints is None:
@@ -138,17 +118,29 @@ class Saver:
         by_time = settings.every_seconds is not None and waited >= settings.every_seconds
         return by_time or (settings.every_steps is not None and done >= settings.every_steps)
 
-    def save(self, step: int, snapshot: Snapshot, *, wait: bool = False) -> None:
-        """Save a snapshot, in the background unless `wait`; where that fails, warn and go on."""
+    def save(self, step: int, snapshot: Snapshot, *, wait: bool = False) -> bool:
+        """Save a snapshot, in the background unless `wait`; where that fails, warn and go on.
+
+        Returns:
+            Whether it is saved; True where that is not known yet.
+        """
         if self._settings is None:
-            return
-        arrays = jax.device_get(snapshot.arrays)  # here: the next step overwrites them
+            return True
+        # A copy, here: the next step overwrites them.
+        arrays = {name: np.array(array) for name, array in snapshot.arrays.items()}
         if self._pending is not None:
             self._pending.result()
         self._pending = self._pool.submit(self._write, step, Snapshot(arrays, snapshot.host))
-        if wait:
-            self._pending.result()
         self._last_time, self._last_step = time.monotonic(), step
+        return self._pending.result() if wait else True
+
+    def tidy(self) -> None:
+        """Put right what a killed process has left half done."""
+        for path in self._folder.iterdir():
+            if path.suffix == _OLD and not path.with_suffix("").exists():
+                path.rename(path.with_suffix(""))
+            elif path.suffix in (_OLD, _PART) and path.stem.isdigit():
+                shutil.rmtree(path, ignore_errors=True)
 
     def restore(self) -> Snapshot | None:
         """Return the newest snapshot that is not damaged; None where there is none at all.
@@ -165,10 +157,13 @@ class Saver:
             try:
                 snapshot = read_snapshot(folder)
             except RunError as error:
-                causes.append(str(error))
+                causes.append(folder)
                 _warn(f"a snapshot is passed over: {error}")
                 continue
-            self._compare(folder, snapshot.host.pop("fingerprint"))
+            self._compare(folder, snapshot.host.pop("fingerprint"), snapshot.host["versions"])
+            for damaged in causes:  # so that it takes nobody's place
+                with suppress(OSError):
+                    damaged.rename(damaged.with_suffix(_DAMAGED))
             self._last_step = int(folder.name)
             return snapshot
         if causes:
@@ -189,7 +184,7 @@ class Saver:
                 "folder."
             )
 
-    def _compare(self, folder: Path, stored: Fingerprint) -> None:
+    def _compare(self, folder: Path, stored: Fingerprint, versions: Any) -> None:
         assert self._settings is not None
         changes = differences(stored, self._fingerprint)
         if changes and not self._settings.allow_changes:
@@ -197,17 +192,24 @@ class Saver:
                 f"{str(folder)!r} must belong to these settings and data to go on from; got "
                 f"{'; '.join(changes)}; set them as they were, or allow changes."
             )
+        if found := differences(versions, versions_now()):
+            _warn(f"the snapshot is of other software: {'; '.join(found)}; last digits may differ")
 
-    def _write(self, step: int, snapshot: Snapshot) -> None:
-        part, final = self._folder / f"{step:08d}{_PART}", self._folder / f"{step:08d}"
+    def _write(self, step: int, snapshot: Snapshot) -> bool:
+        final = self._folder / f"{step:08d}"
+        part, old = final.with_suffix(_PART), final.with_suffix(_OLD)
         host = {"fingerprint": self._fingerprint, **snapshot.host}
         try:
-            shutil.rmtree(part, ignore_errors=True)
             write_snapshot(part, Snapshot(snapshot.arrays, host))
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                final.rename(old)
             part.rename(final)
-            self._failing = False
-        except Exception as error:
+            shutil.rmtree(old, ignore_errors=True)
+            assert self._settings is not None
+            kept = sorted(path for path in self._folder.iterdir() if path.name.isdigit())
+            for earlier in kept[: -self._settings.keep]:
+                shutil.rmtree(earlier, ignore_errors=True)
+        except Exception as error:  # Orbax raises of every kind; training goes on
             shutil.rmtree(part, ignore_errors=True)
             if not self._failing:  # once, not every half a minute
                 reason = " ".join(str(error).split())[:200]
@@ -215,122 +217,14 @@ class Saver:
                     f"the snapshot of step {step} could not be saved ({reason}); training goes on"
                 )
             self._failing = True
-            return
-        assert self._settings is not None
-        kept = sorted(path for path in self._folder.iterdir() if path.name.isdigit())
-        for old in kept[: -self._settings.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            return False
+        self._failing = False
+        return True
 
 
 def _warn(message: str) -> None:
     logger.warning(message)
     warnings.warn(message, SnapshotWarning, stacklevel=3)
-
-
-def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
-    """Write a snapshot into a new folder, `state.json` last."""
-    import orbax.checkpoint as ocp  # not with the package: it takes its time
-
-    folder.mkdir(parents=True)
-    with ocp.StandardCheckpointer() as checkpointer:  # leaving it awaits the writing
-        checkpointer.save(folder / ARRAYS, nested(snapshot.arrays))
-    versions = {"cpmm_jax": __version__, **{name: version(name) for name in _LIBRARIES}}
-    content = {"schema": SCHEMA, "versions": versions, **snapshot.host}
-    content["checksum"] = checksum(content, folder / ARRAYS)
-    (folder / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def read_snapshot(folder: Path) -> Snapshot:
-    """Read what `write_snapshot` has written.
-
-    Raises:
-        RunError: incomplete, damaged, or of another schema.
-    """
-    import orbax.checkpoint as ocp
-
-    try:
-        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if content["schema"] != SCHEMA:
-            raise ValueError(f"schema {content['schema']!r}, not {SCHEMA}")
-        if content.pop("checksum") != checksum(content, folder / ARRAYS):
-            raise ValueError("files that are not those written")
-        with ocp.StandardCheckpointer() as checkpointer:
-            arrays = checkpointer.restore(folder / ARRAYS)
-        if "fingerprint" not in content:
-            raise ValueError("no fingerprint")
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(
-            f"{str(folder)!r} must be an undamaged snapshot; got {type(error).__name__}: {reason}; "
-            "remove it."
-        ) from error
-    return Snapshot(flat(arrays), content)
-
-
-def named_leaves(prefix: str, tree: Any) -> dict[str, Any]:
-    """Return the leaves of a pytree by their paths, `prefix/path/to/leaf`; keys as their data."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        _name(prefix, path): _data(leaf)
-        for path, leaf in leaves
-        if np.size(leaf)  # Orbax refuses arrays without entries
-    }
-
-
-def from_named(prefix: str, template: Any, arrays: Mapping[str, Any]) -> Any:
-    """Return a pytree like `template` with the leaves of `named_leaves`.
-
-    Raises:
-        RunError: one is missing, or of another shape or type.
-    """
-
-    def find(path: Any, leaf: Any) -> Any:
-        if not np.size(leaf):
-            return leaf
-        name = _name(prefix, path)
-        found, wanted = arrays.get(name), _data(leaf)
-        if found is None or (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
-            got = "none" if found is None else f"{found.dtype}{list(found.shape)}"
-            raise RunError(
-                f"the snapshot must hold {name!r} as {wanted.dtype}{list(wanted.shape)}; got {got};"
-                " go on with the model and the optimiser that it was saved from."
-            )
-        array = jnp.array(found)  # a copy: its buffer is donated
-        return jax.random.wrap_key_data(array) if wanted is not leaf else array
-
-    return jax.tree_util.tree_map_with_path(find, template)
-
-
-def _name(prefix: str, path: Any) -> str:
-    parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-    return "/".join([prefix, *(part for part in parts if part != "value")])  # of an nnx.Param
-
-
-def _data(leaf: Any) -> Any:
-    leaf = jnp.asarray(leaf)
-    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(leaf) if is_key else leaf
-
-
-def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Return dictionaries within dictionaries for names with slashes."""
-    tree: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *parents, last = name.split("/")
-        branch = tree
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[last] = np.asarray(array)
-    return tree
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Undo `nested`."""
-    arrays: dict[str, Any] = {}
-    for name, value in tree.items():
-        inner = f"{prefix}{name}"
-        arrays |= flat(value, f"{inner}/") if isinstance(value, Mapping) else {inner: value}
-    return arrays
 
 
 def fingerprint_of(
@@ -370,13 +264,16 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
-    return value if isinstance(value, str | int | float | None) else repr(value)
+    if isinstance(value, str | int | float | None):
+        return value
+    name = getattr(value, "__qualname__", None)  # of a function, whose repr is its address
+    return f"{value.__module__}.{name}" if name else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _hash(arrays: Any) -> str:
     total = hashlib.sha256()
     for array in arrays:
-        total.update(np.ascontiguousarray(_data(array)).tobytes())
+        total.update(np.ascontiguousarray(data_of(array)).tobytes())
     return total.hexdigest()[:16]
 
 

@@ -24,7 +24,7 @@ class MixturePerClass(ClassifierMixin, BaseEstimator):
         self.log_prior = np.log(sizes / len(y))
         self.models = []
         for c in self.classes_:
-            own = x[y == c]
+            own = x[y == c].astype(np.float64)
             part, held = own, own
             if len(own) >= 10:
                 part, held = train_test_split(own, test_size=0.2, random_state=self.seed)
@@ -38,7 +38,10 @@ class MixturePerClass(ClassifierMixin, BaseEstimator):
                 }
             ):
                 made = GaussianMixture(**settings, random_state=self.seed)
-                score = made.fit(part).score(held)
+                try:
+                    score = made.fit(part).score(held)
+                except ValueError:  # too little regularised for these rows
+                    continue
                 if score > best[0]:
                     best = score, settings
             self.models.append(GaussianMixture(**best[1], random_state=self.seed).fit(own))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from cpmm_jax import artifact
+from cpmm_jax.errors import RunError
 from cpmm_jax.run.folder import part_of
 from tests.cli.conftest import Cpmm
 
@@ -94,8 +95,15 @@ def test_other_settings_or_data_are_named(table: Path, cpmm: Cpmm, tmp_path: Pat
     assert answer.code == 1 and "must belong to these settings and data" in answer.err
     assert "sha256" in answer.err
     assert part_of(out).is_dir()  # nothing is lost
-    answer = cpmm("fit", "--resume", out, "--steps", "2100", "--allow-changes", "--quiet")
-    assert answer.code == 0
+    changed = ("--steps", "2100", "--allow-changes", "--quiet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cpmm_jax.training.checkpoint.save_model", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cpmm("fit", "--resume", out, *changed)
+    answer = cpmm("fit", "--resume", out, "--quiet")  # what was allowed once is remembered
+    assert (answer.code, answer.err) == (0, "")
+    config = json.loads((out / "config.json").read_text())
+    assert config["recipe"]["steps"] == 2100
     assert artifact.load(out / "mixture.npz").num_classes == 2
 
 
@@ -140,3 +148,37 @@ def test_there_must_be_something_to_resume(cpmm: Cpmm, tmp_path: Path) -> None:
     (part_of(tmp_path / "run") / "fit.json").write_text("[1]")
     answer = cpmm("fit", "--resume", tmp_path / "run")
     assert answer.code == 1 and "must tell what was to be fitted" in answer.err
+
+
+def test_results_that_could_not_be_written_are_written_later(
+    whole: Path, table: Path, cpmm: Cpmm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full, or the process killed, when training is over: nothing of it is lost."""
+    out = tmp_path / "run"
+
+    def full(*_: object, **__: object) -> None:
+        raise RunError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cpmm_jax.training.checkpoint.save_model", full)
+        answer = cpmm("fit", table, "--out", out, *LONG)
+    assert answer.code == 1 and "no space" in answer.err
+    part = part_of(out)
+    (part / "checkpoints" / "model").mkdir()
+    (part / ".mixture.npz.0.part").touch()
+    (tmp_path / ".run.old").mkdir()
+    answer = cpmm("fit", "--resume", out, "--quiet")
+    assert (answer.code, answer.err) == (0, "")
+    first, second = arrays(whole), arrays(out)
+    assert all(np.array_equal(first[name], second[name]) for name in first.keys() | second.keys())
+    assert {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}
+
+
+def test_what_has_come_meanwhile_is_not_replaced(table: Path, cpmm: Cpmm, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    begin(table, out, signal.SIGTERM)
+    out.mkdir()
+    (out / "mine").touch()
+    answer = cpmm("fit", "--resume", out, "--quiet")
+    assert answer.code == 1 and "must not exist yet" in answer.err
+    assert (out / "mine").exists() and part_of(out).is_dir()

@@ -76,3 +76,14 @@ def test_the_whole_way(folder: Path, task: str, capsys: pytest.CaptureFixture[st
     first = "accuracy/blobs@0.1/cpmm" if task == "classify" else "nmi/blobs/cpmm"
     assert numbers[first][0] > 0.9
     assert "95 % interval" in capsys.readouterr().out
+
+
+def test_principal_components_are_those_of_the_training_part() -> None:
+    data, whole = labelled_set("digits:8@0.5", 0), labelled_set("digits@0.5", 0)
+    assert data.x_train.shape == (len(whole.x_train), 8)
+    assert data.x_test.shape[1] == 8
+    np.testing.assert_array_equal(data.y_train, whole.y_train)
+    covariance = np.cov(data.x_train.T)
+    np.testing.assert_allclose(covariance, np.diag(np.diag(covariance)), atol=1e-2)
+    largest = np.linalg.eigvalsh(np.cov(whole.x_train.T))[::-1][:8]
+    np.testing.assert_allclose(np.diag(covariance), largest, rtol=1e-3)

@@ -67,7 +67,7 @@ class Stiff(FreeMixture):
     def read(self, times: Any) -> Any:
         reading = super().read(times)
         far = jnp.abs(self.means[...]).max() > 8.0
-        return reading._replace(num_steps=jnp.where(far, 100, 7))
+        return reading._replace(num_steps=jnp.where(far, 700, 7))
 
 
 def test_a_field_that_becomes_stiff_is_slowed_down(caplog: pytest.LogCaptureFixture) -> None:
@@ -76,6 +76,6 @@ def test_a_field_that_becomes_stiff_is_slowed_down(caplog: pytest.LogCaptureFixt
     config = replace(QUICK, learning_rate=6.0, report_every=5)
     result = cpmm.fit(model, X, Y, config=config, progress=False)
     steps = [report["ode_steps"] for report in result.history]
-    assert max(steps) > 4 * steps[0] and steps[-1] == 7.0
+    assert max(steps) > 10 * steps[0] and steps[-1] == 7.0
     assert result.refused == 0 < result.returns <= 3
     assert "stiff" in caplog.text
