@@ -18,7 +18,7 @@ import cpmm_jax as cpmm
 from cpmm_jax import artifact
 from cpmm_jax.data import load
 
-FEW = settings(max_examples=40)
+FEW = settings(max_examples=20)
 SIZES = [(1, 1, 0), (3, 2, 1), (4, 5, 3)]  # K, D, R: few, since each compiles
 
 
