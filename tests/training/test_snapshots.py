@@ -140,6 +140,10 @@ np.savez(folder / "result.npz", *jax.tree.leaves(result.model), *jax.tree.leaves
 """
 
 
+def saved(folder: Path) -> str:
+    return max((path.name for path in folder.glob("snapshots/0*")), default="")
+
+
 def run_to_the_end(folder: Path, kills: int, rng: np.random.Generator) -> int:
     """Train in processes that are killed at random moments; return how many were."""
     folder.mkdir()
@@ -156,9 +160,11 @@ def run_to_the_end(folder: Path, kills: int, rng: np.random.Generator) -> int:
             [sys.executable, "-W", "ignore", "-c", code], env=environment, stderr=subprocess.PIPE
         )
         if killed < kills:
-            while child.poll() is None and not list(folder.glob("snapshots/*")):
-                time.sleep(0.02)  # from when there is something to lose
-            time.sleep(rng.uniform(0.0, 3.0))
+            if rng.uniform() < 0.7:  # while it trains and saves; else while it starts, too
+                before = saved(folder)
+                while child.poll() is None and saved(folder) == before:
+                    time.sleep(0.005)
+            time.sleep(rng.uniform(0.0, 1.0))
             child.send_signal(signal.SIGKILL)
         error = child.communicate()[1].decode()
         if child.returncode == -signal.SIGKILL:
