@@ -227,18 +227,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_fit(arguments: argparse.Namespace) -> str | None:
     """Return what is wrong with the arguments of `fit` taken together, or None."""
-    if arguments.resume is None:
-        missing = [name for name in ("data", "out") if getattr(arguments, name) is None]
-        words = {"data": "DATA", "out": "--out"}
-        if missing:
-            return f"the following arguments are required: {', '.join(words[m] for m in missing)}"
-        return "--allow-changes goes with --resume" if arguments.allow_changes else None
-    of_the_order = ("data", "out", "label", "flow", "seed")
-    given = [name for name in of_the_order if getattr(arguments, name) is not None]
-    given += [name for name in ("labels", "overwrite") if getattr(arguments, name)]
-    if given:
-        return f"--resume RUN goes on with the data and places that it has; leave out {given[0]}"
-    return None
+    names = ("data", "out", "labels", "label", "flow", "seed", "overwrite")
+    values = {"DATA" if n == "data" else f"--{n}": getattr(arguments, n) for n in names}
+    given = {name: v is not None and v is not False for name, v in values.items()}
+    if arguments.resume is not None:
+        wrong = next((name for name, is_given in given.items() if is_given), None)
+        rule = "--resume RUN goes on with the data and places that it has; leave out"
+        return wrong and f"{rule} {wrong}"
+    missing = [name for name in ("DATA", "--out") if not given[name]]
+    if missing:
+        return f"the following arguments are required: {', '.join(missing)}"
+    return "--allow-changes goes with --resume" if arguments.allow_changes else None
 
 
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from cpmm_jax.data.checks import show_path
 from cpmm_jax.errors import ConfigError, CpmmError, Interrupted, RunError
 from cpmm_jax.evaluate import evaluate as metrics_of
-from cpmm_jax.output import check_new, is_csv, write_columns, write_file
+from cpmm_jax.files import check_new, is_csv, write_columns, write_file
 from cpmm_jax.run import Run, Source, fit_run, open_run, read_examples, resume_run
 
 _CALLS = "function_evaluations"

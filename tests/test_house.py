@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "cpmm_jax"
 ROOMS = [
     "errors",
-    "files",
     "mixture",
     "dynamics",
     "models",
     "curriculum",
     "data",
+    "files",
     "training",
     "artifact",
     "evaluate",
@@ -34,7 +34,6 @@ ROOMS = [
     "solver_study",
     "run",
     "estimators",
-    "output",
     "commands",
     "cli",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -77,7 +77,7 @@ def kept(
     if not isinstance(checkpoints, Checkpoints):
         checkpoints = Checkpoints(folder=checkpoints)
     saver = Saver(checkpoints, fingerprint())
-    with locked(Path(checkpoints.folder)), saver, signals_caught() as caught:
+    with locked(Path(checkpoints.folder)), closing(saver), signals_caught() as caught:
         saver.tidy()
         if resume:
             found = saver.restore()

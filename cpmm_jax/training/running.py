@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from cpmm_jax.dynamics.solve import SolverConfig, check_result
+from cpmm_jax.dynamics.solve import STEPS_EXHAUSTED, SolverConfig, check_result
 from cpmm_jax.errors import SolverError
 from cpmm_jax.training.config import TrainConfig
 from cpmm_jax.training.inputs import Parts, take_apart
@@ -38,7 +38,7 @@ Report = dict[str, Any]
 LOOK = 1.0  # seconds of training between two looks at the clock, where there is one
 SLOWER = 0.5  # times the learning rate, after a return
 STIFF = 10.0  # times the ODE steps of the first report (up to 5 are usual): a field that is stiff
-MORE_STEPS = 4  # times `max_steps`, after a return because of failed solves
+MORE_STEPS = 4  # times `max_steps`, after a return because solves ran out of them
 
 
 class Running(ABC):
@@ -217,7 +217,7 @@ class Running(ABC):
             "step": self.step,
             "reported": self.reported,
             "returns": self.returns,
-            "more_steps": self._more_steps(),
+            "max_steps": self._max_steps(),
             "has_best": self.best_params is not None,
             "best_score": number(self.best_score),
             "best_step": self.best_step,
@@ -235,7 +235,7 @@ class Running(ABC):
             RunError: an array is missing, or of another shape or type.
         """
         arrays, host = saved
-        if (steps := host["more_steps"]) is not None and steps != self._more_steps():
+        if (steps := host["max_steps"]) is not None and steps != self._max_steps():
             self._allow_steps(steps)
         params = from_named("model", self.state.params, arrays)
         self.good = from_named("good", self.state.params, arrays)
@@ -277,8 +277,8 @@ class Running(ABC):
             return
         if not able or self.step >= self.config.steps:
             return
-        failed = CAUSES[int(self.state.refused.argmax())] == FAILED_SOLVE
-        if refused and failed and (steps := self._more_steps()) is not None:
+        short = refused and int(self.state.last_failure) == STEPS_EXHAUSTED
+        if short and (steps := self._max_steps()) is not None:
             self._allow_steps(MORE_STEPS * steps)
         self._slow_down()
         if not accepted and self.best_params is not None:
@@ -309,7 +309,7 @@ class Running(ABC):
             schedule=schedule._replace(peak=SLOWER * schedule.peak)
         )
 
-    def _more_steps(self) -> int | None:
+    def _max_steps(self) -> int | None:
         """Return the most steps of an adaptive solver; None where they are equal."""
         solver = getattr(self.build(self.state.params), "solver", None)
         adaptive = isinstance(solver, SolverConfig) and solver.num_steps is None

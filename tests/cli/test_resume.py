@@ -145,9 +145,9 @@ def test_two_processes_do_not_share_a_run(table: Path, cpmm: Cpmm, tmp_path: Pat
         ([], "required: DATA, --out"),
         (["data.csv"], "required: --out"),
         (["data.csv", "--out", "run", "--allow-changes"], "--allow-changes goes with --resume"),
-        (["--resume", "run", "--out", "other"], "leave out out"),
-        (["--resume", "run", "--labels"], "leave out labels"),
-        (["--resume", "run", "--seed", "1"], "leave out seed"),
+        (["--resume", "run", "--out", "other"], "leave out --out"),
+        (["--resume", "run", "--labels"], "leave out --labels"),
+        (["--resume", "run", "--seed", "0"], "leave out --seed"),
     ],
 )
 def test_arguments_that_do_not_go_together(options: list[str], message: str, cpmm: Cpmm) -> None:
