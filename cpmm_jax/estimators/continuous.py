@@ -106,7 +106,7 @@ class CPMMDensity(Density, _Continuous):
     Example:
         >>> import numpy as np
         >>> x = np.random.default_rng(0).normal(size=(200, 2)) * [1.0, 100.0]
-        >>> density = CPMMDensity(n_trajectories=1, random_state=0).fit(x)
+        >>> density = CPMMDensity(n_trajectories=1, max_iter=400, random_state=0).fit(x)
         >>> density.score_samples(x).shape, density.sample(3, random_state=0).shape
         ((200,), (3, 2))
 
