@@ -4,10 +4,11 @@
 
 Every mixture has 40 components of rank 4 (D - 1 at most) and starts at random: the direct one at
 random examples, the trajectories of the CPMM at examples. Two tables: at equal seconds, those of
-the flow's training included, and at equal steps of the mixture's training. Seconds are counted from
-a pilot's seconds per step; compiling is left out on all sides. Each gives the test log-likelihood
-in nats of the standardised data without a curriculum, and what each curriculum adds, over the same
-seeds; then the spread over the seeds. Cells that are done are not run again.
+the flow's training included, and at equal steps of the mixture's training. Seconds become steps by
+pilots, which are run first and want a quiet machine; compiling is left out on all sides. Each table
+gives the test log-likelihood in nats of the standardised data without a curriculum, and what each
+curriculum adds, over the same seeds; then the spread over the seeds. Cells that are done are not
+run again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +46,27 @@ CURRICULA = ("none", "likelihood", "matching", "interpolant")
 SECONDS, STEPS = 30.0, 4000  # of one fit
 FLOW_SHARE = 0.4  # of the seconds
 FLOW_STEPS = {"likelihood": 600, "matching": 4000}  # where the mixture's steps are equal
-PILOT = {"steps": 40, "report_every": 20}
+PILOT = {"steps": 120, "report_every": 40}
 FLOOR = 1e-4  # of a column's variance: the least noise variance
-STAGES = {
-    "flow": cpmm.Stages.linear(24, last_share=0.5),
-    "interpolant": cpmm.Stages.linear(24, first=0.6, last_share=0.5),  # noise drowns what is above
-}
+STAGES = cpmm.Stages.linear(24, last_share=0.5)
+INTERPOLANT = cpmm.InterpolantCurriculum(  # above .6 noise drowns what there is
+    stages=cpmm.Stages.linear(24, first=0.6, last_share=0.5)
+)
 OBJECTIVES: dict[str, Callable[[], Any]] = {
     "likelihood": cpmm.MaximumLikelihood,
     "matching": cpmm.FlowMatching,
 }
+
+
+@dataclass(frozen=True)
+class Lengths(Settings):
+    """Settings with the number of steps of the flow's training.
+
+    Attributes:
+        flow_steps: where the curriculum is a flow.
+    """
+
+    flow_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,69 +76,70 @@ class Trained:
     Attributes:
         model: one of `MODELS`.
         curriculum: one of `CURRICULA`.
-        seconds: of the whole fit; None for `STEPS` of the mixture's training.
-        steps: of the mixture's training, where `seconds` is None.
+        steps: of the mixture's training.
+        flow_steps: of the flow's training before it.
     """
 
     model: str
     curriculum: str
-    seconds: float | None
-    steps: int = STEPS
+    steps: int
+    flow_steps: int
 
     def fit(self, data: Rows, seed: int, budget: Budget) -> Fitted:
         """Fit once; there is nothing to choose."""
         return search({}, {}, partial(self._fit, data, seed), data.x_valid, budget)
 
     def _fit(self, data: Rows, seed: int, _: Any) -> Density:
-        curriculum, left = self._curriculum(data, seed)
-        build, num_times = self._start(data, seed)
-        parts = {"curriculum": curriculum, "x_valid": data.x_valid, "progress": False}
-        settings: dict[str, Any] = {"num_times": num_times, "seed": seed}
-        steps = self.steps
-        if left is not None:
-            pilot = cpmm.fit(
-                build(), data.x_train, config=cpmm.TrainConfig(**PILOT, **settings), **parts
-            )
-            steps = max(PILOT["steps"], round(left / per_step(pilot.history)))
-        config = cpmm.TrainConfig(steps=steps, **settings)
-        found = cpmm.fit(build(), data.x_train, config=config, **parts)
+        curriculum = self._curriculum(data, seed)
+        found, num_times = self.train(data, seed, curriculum, steps=self.steps)
         mixture = found.model.extract(num_times)
         numbers = sum(leaf.size for leaf in (mixture.class_logits, *_leaves(mixture.components)))
-        return Density(mixture.log_prob, numbers, {"steps": steps})
+        return Density(mixture.log_prob, numbers, {})
 
-    def _start(self, data: Rows, seed: int) -> tuple[Callable[[], Any], int]:
+    def train(
+        self, data: Rows, seed: int, curriculum: Curriculum, **settings: Any
+    ) -> tuple[cpmm.FitResult, int]:
+        """Train the mixture; return the result, and the number of its pseudotimes."""
+        model, num_times = self._start(data, seed)
+        found = cpmm.fit(
+            model,
+            data.x_train,
+            config=cpmm.TrainConfig(num_times=num_times, seed=seed, **settings),
+            curriculum=curriculum,
+            x_valid=data.x_valid,
+            progress=False,
+        )
+        return found, num_times
+
+    def train_flow(self, data: Rows, seed: int, **settings: Any) -> cpmm.FlowResult:
+        """Train the flow of the curriculum."""
+        return cpmm.fit_flow(
+            cpmm.CNF(data.x_train.shape[1], rngs=nnx.Rngs(seed)),
+            data.x_train,
+            objective=OBJECTIVES[self.curriculum](),
+            config=cpmm.TrainConfig(seed=seed, **settings),
+            x_valid=data.x_valid,
+            progress=False,
+        )
+
+    def _start(self, data: Rows, seed: int) -> tuple[Any, int]:
         n, dim = data.x_train.shape
         size = SIZE.within(dim)
         floor = np.full(dim, FLOOR)
         if self.model == "direct":
             start = random_start(data.x_train, *size, noise_floor=floor, seed=seed)
-            return partial(DirectMFA.from_mixture, start, noise_floor=FLOOR), 1
+            return DirectMFA.from_mixture(start, noise_floor=FLOOR), 1
         # Under a curriculum trajectories start at examples; without one they do so here too.
         recipe = recommend(n, dim, **size._asdict(), seed=seed, curriculum="interpolant")
-        return partial(build_model, data.x_train, None, floor, recipe), recipe.num_times
+        return build_model(data.x_train, None, floor, recipe), recipe.num_times
 
-    def _curriculum(self, data: Rows, seed: int) -> tuple[Curriculum, float | None]:
-        """Return it, and the seconds that are left for the mixture."""
+    def _curriculum(self, data: Rows, seed: int) -> Curriculum:
         if self.curriculum == "none":
-            return cpmm.NoCurriculum(), self.seconds
+            return cpmm.NoCurriculum()
         if self.curriculum == "interpolant":
-            return cpmm.InterpolantCurriculum(stages=STAGES["interpolant"]), self.seconds
-        untrained = cpmm.CNF(data.x_train.shape[1], rngs=nnx.Rngs(seed))
-        parts: dict[str, Any] = {
-            "objective": OBJECTIVES[self.curriculum](),
-            "x_valid": data.x_valid,
-            "progress": False,
-        }
-        steps = FLOW_STEPS[self.curriculum]
-        if self.seconds is not None:
-            config = cpmm.TrainConfig(**PILOT, seed=seed)
-            pilot = cpmm.fit_flow(untrained, data.x_train, config=config, **parts)
-            share = FLOW_SHARE * self.seconds
-            steps = max(PILOT["steps"], round(share / per_step(pilot.history)))
-        config = cpmm.TrainConfig(steps=steps, seed=seed)
-        flow = cpmm.fit_flow(untrained, data.x_train, config=config, **parts).flow
-        left = None if self.seconds is None else (1 - FLOW_SHARE) * self.seconds
-        return cpmm.FlowCurriculum(flow, stages=STAGES["flow"]), left
+            return INTERPOLANT
+        flow = self.train_flow(data, seed, steps=self.flow_steps).flow
+        return cpmm.FlowCurriculum(flow, stages=STAGES)
 
 
 def per_step(history: Sequence[dict[str, Any]]) -> float:
@@ -140,9 +154,60 @@ def _leaves(components: cpmm.MFA) -> list[Any]:
 
 def make_method(cell: Cell) -> Trained:
     """Return the method of a cell, named model_curriculum."""
+    settings = cell.settings
+    assert isinstance(settings, Lengths)
+    assert settings.steps is not None
     model, curriculum = cell.method.split("_")
-    seconds = cell.settings.budget if cell.settings.preset == "equal_seconds" else None
-    return Trained(model, curriculum, seconds, cell.settings.steps or STEPS)
+    return Trained(model, curriculum, settings.steps, settings.flow_steps)
+
+
+def make_pilot(cell: Cell) -> Trained:
+    """Return what a pilot times: the training of a model, or of a flow with any model."""
+    model, curriculum = cell.method.split("_")
+    return Trained(model, curriculum, 0, 0)
+
+
+def measure_pilot(_: Cell, method: Trained, data: Any) -> dict[str, Any]:
+    """Time the steps of a training on the rows of a data set."""
+    rows = Rows(data.x_train, data.x_valid)
+    if method.curriculum in OBJECTIVES:
+        history = method.train_flow(rows, 0, **PILOT).history
+    else:
+        curriculum = cpmm.NoCurriculum() if method.curriculum == "none" else INTERPOLANT
+        history = method.train(rows, 0, curriculum, **PILOT)[0].history
+    seconds = per_step(history)
+    return {"status": "done", "metrics": {"per_step": seconds, "seconds": history[-1]["seconds"]}}
+
+
+def lengths_within(
+    seconds: float, sets: Sequence[str], folder: Path, load: Any, jobs: int
+) -> dict[tuple[str, str, str], Lengths]:
+    """Return how many steps fit into so many seconds, by data set, model and curriculum.
+
+    Run in as many processes as the cells will be, so that a step takes as long.
+    """
+    pilot = Settings("pilot", seconds, *SIZE)
+    timed = [f"{m}_{c}" for m in MODELS for c in ("none", "interpolant")]
+    timed += [f"direct_{c}" for c in OBJECTIVES]
+    cells = [Cell(dataset, method, 0, pilot) for dataset in sets for method in timed]
+    run_cells(cells, folder, make_pilot, load, jobs=jobs, measure=measure_pilot)
+    costs: dict[tuple[str, str], float] = {}
+    for cell in cells:
+        record = read(folder, cell)
+        if record is None or not is_done(record):
+            raise SystemExit(f"{cell}: the pilot failed; run again.")
+        costs[cell.dataset, cell.method] = record["metrics"]["per_step"]
+    lengths = {}
+    for dataset, model, curriculum in product(sets, MODELS, CURRICULA):
+        flows = curriculum in OBJECTIVES
+        own = costs[dataset, f"{model}_{'none' if flows else curriculum}"]
+        share = FLOW_SHARE if flows else 0.0
+        steps = round((1 - share) * seconds / own)
+        flow_steps = round(share * seconds / costs[dataset, f"direct_{curriculum}"]) if flows else 0
+        lengths[dataset, model, curriculum] = Lengths(
+            "equal_seconds", seconds, *SIZE, steps, flow_steps
+        )
+    return lengths
 
 
 def tabulate(
@@ -181,21 +246,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUTPUT)
     given = parser.parse_args(argv)
     sets = given.sets.split(",") if given.sets else names(given.data_dir)
+    load = partial(density_set, data_dir=given.data_dir)
+    keys = list(product(sets, MODELS, CURRICULA))
     comparisons = {
-        "equal_seconds": Settings("equal_seconds", given.seconds, *SIZE),
-        "equal_steps": Settings("equal_steps", 0.0, *SIZE, given.steps),
+        "equal_seconds": lengths_within(
+            given.seconds, sets, given.out / "pilots", load, given.jobs
+        ),
+        "equal_steps": {
+            key: Lengths("equal_steps", 0.0, *SIZE, given.steps, FLOW_STEPS.get(key[2], 0))
+            for key in keys
+        },
     }
     tables, numbers = [], {}
-    for name, settings in comparisons.items():
+    for name, lengths in comparisons.items():
         cells = [
-            Cell(dataset, f"{model}_{curriculum}", seed, settings)
+            Cell(dataset, f"{model}_{curriculum}", seed, lengths[dataset, model, curriculum])
             for seed in range(given.seeds)
-            for dataset in sets
-            for model in MODELS
-            for curriculum in CURRICULA
+            for dataset, model, curriculum in keys
         ]
         folder = given.out / name
-        load = partial(density_set, data_dir=given.data_dir)
         run_cells(cells, folder, make_method, load, jobs=given.jobs)
         values = {}
         for cell in cells:

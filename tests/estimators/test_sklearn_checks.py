@@ -13,9 +13,10 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import cpmm_jax as cpmm
 
-SHORT = [cpmm.MFAClassifier(), cpmm.MFACluster()]
+SHORT = [cpmm.MFAClassifier()]
 LONG = [
     cpmm.MFADensity(),
+    cpmm.MFACluster(),
     cpmm.CPMMDensity(max_iter=20),
     cpmm.CPMMClassifier(max_iter=20),
     cpmm.CPMMCluster(max_iter=20),

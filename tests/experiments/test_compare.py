@@ -71,10 +71,10 @@ def test_an_interrupted_write_leaves_the_old_cell(
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_cut_off_goes_on_where_it_was(blow: signal.Signals, tmp_path: Path) -> None:
-    journal, cells = tmp_path / "journal", slow_cells(5)
+    journal, cells = tmp_path / "journal", slow_cells(12)
     code = (
         "from pathlib import Path; from tests.experiments.stand_ins import run, slow_cells; "
-        f"run(slow_cells(5), Path({str(tmp_path)!r}), Path({str(journal)!r}))"
+        f"run(slow_cells(12), Path({str(tmp_path)!r}), Path({str(journal)!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -87,7 +87,7 @@ def test_a_run_cut_off_goes_on_where_it_was(blow: signal.Signals, tmp_path: Path
     began = journal.read_text().split()
     time.sleep(0.5)  # longer than a cell: an orphan would begin another
     assert journal.read_text().split() == began
-    assert 2 <= len(finished) < 5
+    assert 2 <= len(finished) < 12
 
     stand_ins.run(cells, tmp_path, journal)
     assert all(is_done(read(tmp_path, cell)) for cell in cells)

@@ -10,7 +10,7 @@ import pytest
 
 from cpmm_jax.data import make
 from experiments import ablation, curriculum, figure2, gaussians25
-from experiments.compare.cells import Cell, Settings
+from experiments.compare.cells import Cell, write
 
 
 def test_a_curriculum_is_compared_over_the_same_seeds() -> None:
@@ -30,10 +30,28 @@ def test_a_curriculum_is_compared_over_the_same_seeds() -> None:
 
 
 def test_cells_name_model_and_curriculum() -> None:
-    timed = Cell("moons", "cpmm_matching", 0, Settings("equal_seconds", 5.0, 40, 4))
-    assert curriculum.make_method(timed) == curriculum.Trained("cpmm", "matching", 5.0)
-    counted = Cell("moons", "direct_none", 0, Settings("equal_steps", 0.0, 40, 4, 7))
-    assert curriculum.make_method(counted) == curriculum.Trained("direct", "none", None, 7)
+    cell = Cell("moons", "cpmm_matching", 0, curriculum.Lengths("equal_steps", 0.0, 40, 4, 7, 9))
+    assert curriculum.make_method(cell) == curriculum.Trained("cpmm", "matching", 7, 9)
+
+
+def test_seconds_become_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = {"none": 0.01, "interpolant": 0.02, "matching": 0.004, "likelihood": 0.1}
+
+    def pilots(cells: list[Cell], folder: Path, *_: object, **__: object) -> None:
+        for cell in cells:
+            per_step = cost[cell.method.split("_")[1]]
+            record = {"config": cell.config, "status": "done", "metrics": {"per_step": per_step}}
+            write(folder, cell, record)
+
+    monkeypatch.setattr(curriculum, "run_cells", pilots)
+    found = curriculum.lengths_within(10.0, ["moons"], tmp_path, None, 1)
+    steps = {name: (n.steps, n.flow_steps) for (_, model, name), n in found.items() if model}
+    assert steps == {
+        "none": (1000, 0),
+        "interpolant": (500, 0),
+        "matching": (600, 1000),
+        "likelihood": (600, 40),
+    }
 
 
 def test_a_step_is_timed_between_reports() -> None:

@@ -21,6 +21,7 @@ def test_training_returns_from_where_solves_fail(caplog: pytest.LogCaptureFixtur
     """The solve fails as soon as the first mean is large; at a lower rate it gets no further."""
     model = start(fails_above=-2.6)
     model.means[...] = model.means[...].at[0, 0, 0].set(-4.0)
+    model.solver = cpmm.SolverConfig(num_steps=None, max_steps=5)
     with pytest.raises(TrainingError, match="after 2 returns to good parameters") as caught:
         cpmm.fit(model, X, config=replace(QUICK, report_every=5, max_returns=2), progress=False)
     result = caught.value.result
@@ -29,6 +30,7 @@ def test_training_returns_from_where_solves_fail(caplog: pytest.LogCaptureFixtur
     rates = [r["learning_rate"] for r in result.history if r["step"] > 20]
     assert rates[-1] < 0.3 * rates[0]
     assert sum("half the learning rate" in r.getMessage() for r in caplog.records) == 2
+    assert result.last_model.solver.max_steps == 5  # steps were not what was short
 
 
 def test_after_a_return_training_ends_well(tmp_path: Path) -> None:
@@ -44,6 +46,14 @@ def test_after_a_return_training_ends_well(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         cpmm.fit(model, X, Y, **fitted, checkpoints=tmp_path, callback=stop_at(20))
     assert_same(cpmm.fit(model, X, Y, **fitted, checkpoints=tmp_path, resume=True), whole)
+
+
+def test_without_validation_training_returns_from_before_the_trouble() -> None:
+    model = start(fails_above=0.0)
+    model.means[...] = model.means[...].at[0, 0, 0].set(-4.0)
+    config = replace(QUICK, learning_rate=3.0, report_every=5, valid_fraction=0.0)
+    result = cpmm.fit(model, X, Y, config=config, progress=False)
+    assert result.stopped == "finished" and 0 < result.returns <= 3
 
 
 @pytest.mark.slow
