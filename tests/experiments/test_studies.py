@@ -55,7 +55,8 @@ def test_seconds_become_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_step_is_timed_between_reports() -> None:
-    reports = [{"step": 20, "seconds": 9.0}, {"step": 40, "seconds": 11.0}]
+    steps = {5: 1.0, 20: 9.0, 40: 11.0}
+    reports = [{"step": step, "seconds": seconds} for step, seconds in steps.items()]
     assert curriculum.per_step(reports) == 0.1
 
 
