@@ -168,7 +168,7 @@ def make_pilot(cell: Cell) -> Trained:
     return Trained(model, curriculum, 0, 0)
 
 
-def measure_pilot(_: Cell, method: Trained, data: Any) -> dict[str, Any]:
+def measure_pilot(cell: Cell, method: Trained, data: Any) -> dict[str, Any]:
     """Time the steps of a training on the rows of a data set."""
     rows = Rows(data.x_train, data.x_valid)
     if method.curriculum in OBJECTIVES:
@@ -176,8 +176,8 @@ def measure_pilot(_: Cell, method: Trained, data: Any) -> dict[str, Any]:
     else:
         curriculum = cpmm.NoCurriculum() if method.curriculum == "none" else INTERPOLANT
         history = method.train(rows, 0, curriculum, **PILOT)[0].history
-    seconds = per_step(history)
-    return {"status": "done", "metrics": {"per_step": seconds, "seconds": history[-1]["seconds"]}}
+    metrics = {"per_step": per_step(history), "seconds": history[-1]["seconds"]}
+    return {"config": cell.config, "status": "done", "metrics": metrics}
 
 
 def lengths_within(
