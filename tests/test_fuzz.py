@@ -25,12 +25,13 @@ from flax import nnx
 
 import cpmm_jax as cpmm
 from cpmm_jax import artifact
-from cpmm_jax.data import load
+from cpmm_jax.data import Dataset, load
 from cpmm_jax.errors import CpmmError, RunError
 from cpmm_jax.run import open_run
 from cpmm_jax.training.checkpoint import load_model, save_model
 from cpmm_jax.training.snapshot_file import Snapshot, read_snapshot, write_snapshot
 from tests.artifact.golden import GOLDEN
+from tests.data.files import cifar_bytes, png_bytes, tree
 from tests.models.small import small
 
 X = np.random.default_rng(0).normal(size=(40, 3)).round(3)
@@ -85,6 +86,26 @@ def _images(folder: Path) -> Path:
     return folder
 
 
+PIXELS = np.random.default_rng(1).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
+
+
+def _cifar(folder: Path) -> Path:
+    batches = {
+        f"data_batch_{i + 1}.bin": cifar_bytes(PIXELS[2 * i : 2 * i + 2], [i, i]) for i in range(5)
+    }
+    return tree(folder, {**batches, "batches.meta.txt": b"a\nb\nc\nd\ne\nf\ng\nh\ni\nj\n"})
+
+
+def _pngs(folder: Path) -> Path:
+    small = PIXELS[:, :5, :4]
+    return tree(folder, {f"{'ab'[i % 2]}/{i}.png": png_bytes(x) for i, x in enumerate(small)})
+
+
+def _are_the_pngs(read: Dataset) -> bool:
+    by_class = np.concatenate([PIXELS[::2, :5, :4], PIXELS[1::2, :5, :4]])
+    return np.array_equal(read.x_train.reshape(by_class.shape), by_class)
+
+
 def _mixture(folder: Path) -> Path:
     return Path(shutil.copy(GOLDEN, folder / "mixture.npz"))
 
@@ -135,6 +156,8 @@ KINDS: dict[str, Kind] = {
     "npy": Kind(_npy, load),
     "csv": Kind(_csv, lambda path: load(path, label_column="kind", labels=True)),
     "idx": Kind(_images, load),
+    "cifar": Kind(_cifar, load),
+    "png": Kind(_pngs, load, _are_the_pngs),
     "mixture": Kind(_mixture, artifact.load, _is_the_mixture),
     "run": Kind(_run, _read_run),
     "model": Kind(_model, load_model, _is_the_model),

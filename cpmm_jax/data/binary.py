@@ -22,7 +22,7 @@ import numpy.typing as npt
 from cpmm_jax.data.checks import show, show_path
 from cpmm_jax.errors import CpmmError, DataError
 
-_DEFLATE_RATIO = 1032  # the most that one byte of a deflate stream can expand to
+DEFLATE_RATIO = 1032  # the most that one byte of a deflate stream can expand to
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
@@ -121,7 +121,7 @@ def _check_member(info: zipfile.ZipInfo, size: int, what: str) -> None:
     """Refuse a zip member that claims more bytes than the file of `size` bytes can hold."""
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"compression {info.compress_type}")
-    ratio = 1 if info.compress_type == zipfile.ZIP_STORED else _DEFLATE_RATIO
+    ratio = 1 if info.compress_type == zipfile.ZIP_STORED else DEFLATE_RATIO
     held = min(info.compress_size, size)
     if info.compress_size > size or info.file_size > held * ratio:
         raise DataError(
@@ -144,14 +144,18 @@ def read_idx(path: Path) -> npt.NDArray[Any]:
     with reading(path, "IDX file"), gzip.open(path) if packed else path.open("rb") as stream:
         magic = stream.read(4)
         if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX_TYPES:
-            raise ValueError("not an IDX header")
+            found = f"the bytes {magic.hex(' ')}" if magic else "no bytes"
+            raise DataError(
+                f"{what} must be an intact IDX file, beginning with 00 00, a code of the type and "
+                f"the number of dimensions; got {found} (foreign); check that it is the original."
+            )
         shape = struct.unpack(f">{magic[3]}I", stream.read(4 * magic[3]))
         dtype = np.dtype(_IDX_TYPES[magic[2]])
         claimed = 4 + 4 * len(shape) + math.prod(shape) * dtype.itemsize
         size = path.stat().st_size
         if not packed:
             _check_claim(claimed, size, what)
-        elif claimed > size * _DEFLATE_RATIO:
+        elif claimed > size * DEFLATE_RATIO:
             raise DataError(
                 f"{what} must hold the array that its header describes; got {size} packed bytes "
                 f"where the header claims {claimed} (truncated or forged); write the file again."

@@ -6,6 +6,7 @@ import gzip
 import io
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,47 @@ def idx(folder: Path, **files: bytes) -> Path:
         name = names[key.removesuffix("_gz")] + (".gz" if packed else "")
         (folder / name).write_bytes(gzip.compress(content) if packed else content)
     return folder
+
+
+def png_bytes(
+    array: np.ndarray,
+    *,
+    claim: tuple[int, int] | None = None,
+    depth: int = 8,
+    colour: int | None = None,
+) -> bytes:
+    """Write (H, W) grey or (H, W, 3) RGB as PNG by the letter of its specification.
+
+    The header may claim another width and height, depth and type of colour.
+    """
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        length, checksum = struct.pack(">I", len(content)), zlib.crc32(name + content)
+        return length + name + content + struct.pack(">I", checksum)
+
+    height, width = array.shape[:2]
+    colour = (0 if array.ndim == 2 else 2) if colour is None else colour
+    header = struct.pack(">IIBBBBB", *(claim or (width, height)), depth, colour, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in array)
+    chunks = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def tree(folder: Path, files: dict[str, bytes]) -> Path:
+    """Write files by their paths relative to the folder."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def cifar_bytes(images: np.ndarray, *labels: np.ndarray) -> bytes:
+    """Write records of labels and (N, 32, 32, 3) images, each with its channels first."""
+    return b"".join(
+        bytes(int(codes[i]) for codes in labels)
+        + b"".join(image[:, :, channel].tobytes() for channel in range(3))
+        for i, image in enumerate(images)
+    )
 
 
 def assert_refused_in_one_line(case: Case, folder: Path) -> None:
