@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         NoCurriculum,
         Stages,
     )
+    from cpmm_jax.data.pixels import AffinePixels, LogitPixels
     from cpmm_jax.dynamics.flow import CNF
     from cpmm_jax.dynamics.solve import SolverConfig
     from cpmm_jax.dynamics.trace import ExactTrace, HutchinsonTrace
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from cpmm_jax.training.snapshots import Checkpoints
 
 _HOME = {
+    "AffinePixels": "cpmm_jax.data.pixels",
     "CNF": "cpmm_jax.dynamics.flow",
     "CPMM": "cpmm_jax.models.cpmm",
     "CPMMClassifier": "cpmm_jax.estimators",
@@ -80,6 +82,7 @@ _HOME = {
     "HutchinsonTrace": "cpmm_jax.dynamics.trace",
     "IndependentCoupling": "cpmm_jax.training.flow_objective",
     "InterpolantCurriculum": "cpmm_jax.curriculum",
+    "LogitPixels": "cpmm_jax.data.pixels",
     "MFA": "cpmm_jax.mixture.mfa",
     "MFAClassifier": "cpmm_jax.estimators",
     "MFACluster": "cpmm_jax.estimators",
