@@ -26,6 +26,7 @@ ROOMS = [
     "training",
     "artifact",
     "evaluate",
+    "bins",
     "plotting",
     "recipe",
     "starts",
