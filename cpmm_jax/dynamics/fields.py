@@ -63,11 +63,7 @@ class MLPField(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        if not widths or min(widths) < 1:
-            raise ConfigError(f"`widths` must list at least one width, each >= 1; got {widths}.")
-        if activation not in ACTIVATIONS:
-            names = ", ".join(repr(name) for name in ACTIVATIONS)
-            raise ConfigError(f"`activation` must be one of {names}; got {activation!r}.")
+        check_network(widths, activation)
         self.activation = activation
         sizes = [size, *widths, size]
         shapes = [*pairwise(sizes), *((1, width) for width in widths)]
@@ -114,6 +110,15 @@ class MLPField(nnx.Module):
         for layer, time, tap in zip(self.layers, self.times, inner, strict=True):
             hidden = ACTIVATIONS[self.activation](_affine(layer, hidden, tap) + time(clock))
         return unravel(_affine(self.output, hidden, last))
+
+
+def check_network(widths: Sequence[int], activation: str) -> None:
+    """Raise ConfigError unless there is a hidden layer and an activation that is known."""
+    if not widths or min(widths) < 1:
+        raise ConfigError(f"`widths` must list at least one width, each >= 1; got {widths}.")
+    if activation not in ACTIVATIONS:
+        names = ", ".join(repr(name) for name in ACTIVATIONS)
+        raise ConfigError(f"`activation` must be one of {names}; got {activation!r}.")
 
 
 def _affine(layer: nnx.Linear, x: Float[Array, " I"], tap: Tap | None) -> Float[Array, " O"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float
 
 from cpmm_jax.dynamics.draws import draw_arrays
 from cpmm_jax.dynamics.fields import MLPField
+from cpmm_jax.dynamics.image_field import ConvField, check_image
 from cpmm_jax.dynamics.solve import Solution, SolverConfig, check_result
 from cpmm_jax.dynamics.trajectory import (
     DensityIntegral,
@@ -27,6 +29,9 @@ from cpmm_jax.mixture.checks import check_noise, check_noise_floor, check_sizes
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.mfa import MFA, check_features
 from cpmm_jax.models.reading import Reading
+
+MOST_AUGMENTED = 128  # channels, by default
+AUGMENTED_CHANNELS = 8  # of a pixel, at most, by default
 
 
 class CPMM(nnx.Module):
@@ -42,13 +47,18 @@ class CPMM(nnx.Module):
     transforms.
 
     Args:
-        dim: number of features, D.
+        dim: number of features, D; None for those of `event_shape`.
         rank: number of factors, R, with 0 <= R <= D.
         num_classes: C.
         num_trajectories: trajectories of each class, S.
-        augmented: augmented channels, A; by default twice the parameters of a component, at most
-            128.
-        widths: units of the field's hidden layers.
+        event_shape: (H, W, channels) of images, or (H, W): the state then keeps that shape, and a
+            convolutional field moves it (see `ConvField`); examples and components are flat, as of
+            tables, for which it is None.
+        augmented: augmented channels, A, of images of each pixel; by default twice the parameters
+            of a component, at most 128, and 8 of an image.
+        widths: units of the field's hidden layers; for images channels, by default (32,).
+        coarse_widths: of a convolutional field, channels at each halving of the resolution.
+        coordinates: whether a convolutional field sees where a pixel lies.
         activation: "sin" or "tanh".
         output_scale: scale of the untrained field; 0 for trajectories that start at rest.
         evolve_weights: whether log-weights are part of the state instead of constant.
@@ -59,11 +69,13 @@ class CPMM(nnx.Module):
         noise_floor: added to every noise variance, a scalar or shape (D,), in the squared units
             of the data; it bounds the density where data are constant or recorded in steps.
         solver: how the ODE is solved.
+        compute_dtype: of a convolutional field, the dtype of its arithmetic; see `ConvField`.
         param_dtype: dtype of the parameters.
         rngs: a flax `nnx.Rngs`, used here and not kept.
 
     Raises:
-        ConfigError: a size out of range, or `initial_means` of another shape.
+        ConfigError: a size out of range, `initial_means` of another shape, or settings of images
+            without an `event_shape`.
 
     Example:
         >>> import cpmm_jax as cpmm
@@ -71,19 +83,25 @@ class CPMM(nnx.Module):
         >>> model = cpmm.CPMM(2, 1, num_classes=3, rngs=nnx.Rngs(0))
         >>> model.extract(5).components.means.shape
         (3, 5, 2)
+        >>> images = cpmm.CPMM(rank=1, event_shape=(4, 4), rngs=nnx.Rngs(0))
+        >>> images.extract(5).components.means.shape
+        (1, 5, 16)
 
     Source: CPMM paper, sections 3.1 and 3.2, Eq. 5 to 7.
     """
 
     def __init__(
         self,
-        dim: int,
-        rank: int,
+        dim: int | None = None,
+        rank: int = 4,
         num_classes: int = 1,
         num_trajectories: int = 1,
         *,
+        event_shape: Sequence[int] | None = None,
         augmented: int | None = None,
-        widths: Sequence[int] = (128, 128),
+        widths: Sequence[int] | None = None,
+        coarse_widths: Sequence[int] = (),
+        coordinates: bool = True,
         activation: str = "sin",
         output_scale: float = 1.0,
         evolve_weights: bool = False,
@@ -92,12 +110,16 @@ class CPMM(nnx.Module):
         initial_noise: float = 0.5,
         noise_floor: Float[ArrayLike, " D"] | float = 1e-4,
         solver: SolverConfig | None = None,
+        compute_dtype: Any = None,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        shape = None if event_shape is None else check_image(event_shape)
+        dim = _features(dim, shape)
         check_sizes(dim, rank, num_classes=num_classes, num_trajectories=num_trajectories)
         if augmented is None:
-            augmented = min(2 * (rank + 2) * dim, 128)
+            augmented = MOST_AUGMENTED if shape is None else AUGMENTED_CHANNELS
+            augmented = min(2 * (rank + 2) * (dim if shape is None else shape[2]), augmented)
         if augmented < 0:
             raise ConfigError(f"`augmented` must be at least 0; got {augmented}.")
         check_noise(initial_noise)
@@ -107,8 +129,10 @@ class CPMM(nnx.Module):
         self.field_per_class = field_per_class
         self.solver = SolverConfig() if solver is None else solver
 
+        self.event_shape = shape
         lead = (num_classes, num_trajectories)
-        shapes = [(*lead, dim), (*lead, dim, rank), (*lead, augmented)]
+        hidden_size = augmented if shape is None else augmented * shape[0] * shape[1]
+        shapes = [(*lead, dim), (*lead, dim, rank), (*lead, hidden_size)]
         means, loadings, hidden = draw_arrays(jax.random.normal, rngs.params(), shapes, param_dtype)
         if initial_means is not None:
             means = jnp.asarray(initial_means, param_dtype)
@@ -126,15 +150,24 @@ class CPMM(nnx.Module):
         self.trajectory_logits = nnx.Param(jnp.zeros(lead, param_dtype))
         self.log_floor = nnx.Variable(jnp.log(jnp.asarray(floor, param_dtype)))
 
-        size = (rank + 2) * dim + int(evolve_weights) + augmented
-        make_field = partial(
-            MLPField,
-            size,
-            widths=tuple(widths),
-            activation=activation,
-            output_scale=output_scale,
-            param_dtype=param_dtype,
-        )
+        settings: dict[str, Any] = {
+            "activation": activation,
+            "output_scale": output_scale,
+            "param_dtype": param_dtype,
+        }
+        images: dict[str, Any] = {
+            "coarse_widths": tuple(coarse_widths),
+            "coordinates": coordinates,
+            "compute_dtype": compute_dtype,
+        }
+        _check_kind(shape, images, evolve_weights=evolve_weights)
+        if shape is None:
+            size = (rank + 2) * dim + int(evolve_weights) + augmented
+            settings["widths"] = (128, 128) if widths is None else tuple(widths)
+            make_field: Any = partial(MLPField, size, **settings)
+        else:
+            settings["widths"] = (32,) if widths is None else tuple(widths)
+            make_field = partial(ConvField, shape, rank, augmented, **settings, **images)
         if field_per_class:
             keys = jax.random.split(rngs.params(), num_classes)
             self.field = jax.vmap(lambda key: make_field(rngs=nnx.Rngs(key)))(keys)
@@ -248,6 +281,35 @@ class CPMM(nnx.Module):
         weights = (trajectory_logits - total)[None]
         log_prob = jax.nn.logsumexp(class_weights + weights + log_joint, axis=(1, 2))
         return jnp.where(solution.ok, log_prob, jnp.nan)
+
+
+def _features(dim: int | None, shape: tuple[int, int, int] | None) -> int:
+    """Return D, of which an image has H W channels."""
+    sizes = {dim, None if shape is None else math.prod(shape)} - {None}
+    if len(sizes) != 1:
+        raise ConfigError(
+            "`dim` must be the number of features, and that of an `event_shape` where there is "
+            f"one; got {dim} and {shape}; leave out the one that is wrong."
+        )
+    return int(sizes.pop() or 0)
+
+
+def _check_kind(
+    shape: tuple[int, int, int] | None, images: dict[str, Any], *, evolve_weights: bool
+) -> None:
+    """Raise ConfigError where settings of images are given without, or of tables with a shape."""
+    plain = {"coarse_widths": (), "coordinates": True, "compute_dtype": None}
+    given = [f"`{name}` {value}" for name, value in images.items() if value != plain[name]]
+    if shape is None and given:
+        raise ConfigError(
+            f"`event_shape` must be given with {', '.join(images)}, which are of "
+            f"convolutional fields; got {', '.join(given)} without; leave them out."
+        )
+    if shape is not None and evolve_weights:
+        raise ConfigError(
+            "`evolve_weights` must be False with an `event_shape`, since a log-weight is no image; "
+            "got True; leave it out."
+        )
 
 
 @jax.jit

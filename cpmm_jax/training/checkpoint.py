@@ -164,7 +164,7 @@ def describe_model(model: CPMM | CNF) -> dict[str, Any]:
         "dim": model.dim,
         "widths": [layer.out_features for layer in model.field.layers],
         "activation": model.field.activation,
-        "param_dtype": model.field.output.kernel.dtype.name,
+        "param_dtype": model.field.layers[0].kernel.dtype.name,
     }
     solvers = {
         name: describe_solver(getattr(model, name)) for name in _SOLVERS if hasattr(model, name)
@@ -175,13 +175,25 @@ def describe_model(model: CPMM | CNF) -> dict[str, Any]:
 
 
 def _sizes(model: CPMM) -> dict[str, Any]:
-    return {
+    sizes = {
         "rank": model.rank,
         "num_classes": model.num_classes,
         "num_trajectories": model.num_trajectories,
         "augmented": model.augmented.shape[-1],
         "evolve_weights": model.logits is not None,
         "field_per_class": model.field_per_class,
+    }
+    if model.event_shape is None:
+        return sizes
+    field = model.field
+    height, width, _ = model.event_shape
+    dtype = field.layers[0].dtype
+    return sizes | {
+        "event_shape": list(model.event_shape),
+        "augmented": sizes["augmented"] // (height * width),
+        "coarse_widths": [layer.out_features for layer in field.down],
+        "coordinates": field.coordinates,
+        "compute_dtype": None if dtype is None else jnp.dtype(dtype).name,
     }
 
 

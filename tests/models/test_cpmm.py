@@ -253,12 +253,35 @@ def test_parameters_in_float64(x64: None) -> None:
         ),
         ({"widths": ()}, "`widths` must list at least one width"),
         ({"activation": "relu"}, "`activation` must be one of 'sin', 'tanh'; got 'relu'"),
+        ({"dim": None}, "`dim` must be the number of features, .*; got None and None"),
+        ({"event_shape": (2, 2)}, r"`dim` must be .* of an `event_shape`.*; got 2 and \(2, 2, 1\)"),
+        ({"event_shape": (2,)}, r"`event_shape` must be \(H, W, channels\)"),
+        (
+            {"coarse_widths": (4,)},
+            r"`event_shape` must be given with .*; got `coarse_widths` \(4,\)",
+        ),
+        (
+            {"event_shape": (1, 2), "evolve_weights": True},
+            "`evolve_weights` must be False with an `event_shape`",
+        ),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         small(**settings)
     assert "\n" not in str(caught.value)
+
+
+def test_images_keep_their_shape_in_the_state_alone() -> None:
+    """The trajectories are those of the field, channel by channel; the mixture is flat."""
+    images = {"dim": None, "event_shape": (3, 2, 2), "widths": (8,), "augmented": 2}
+    model = small(**images, solver=SolverConfig(solver=diffrax.Euler(), num_steps=1))
+    components = read(model, ENDS).mixture.components
+    assert (model.dim, model.augmented.shape) == (12, (2, 3, 3 * 2 * 2))
+    assert components.means.shape == (2, 6, 12) and components.loadings.shape == (2, 6, 12, 1)
+    start = jax.tree.map(lambda leaf: leaf[1, 2], model.initial_state())
+    moved = start.component.means + model.field(0.0, start).component.means
+    np.testing.assert_allclose(components.means[1, 5], moved, rtol=1e-5, atol=1e-6)
 
 
 def test_extraction_at_other_numbers_of_times_is_one_program() -> None:

@@ -47,6 +47,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"evolve_weights": True, "field_per_class": True, "widths": (5, 3), "activation": "tanh"},
         {"rank": 0, "augmented": 0, "noise_floor": np.array([0.1, 0.2])},  # arrays without entries
         {"param_dtype": jnp.bfloat16},
+        {"dim": None, "event_shape": (4, 5, 2), "coarse_widths": (3,), "compute_dtype": "bfloat16"},
     ],
 )
 def test_a_model_comes_back_to_the_last_bit(settings: dict[str, Any], tmp_path: Path) -> None:
