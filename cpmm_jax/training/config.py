@@ -45,7 +45,7 @@ class TrainConfig:
         valid_fraction: part of the training rows set aside where no `x_valid` is given (within
             each class where there are labels); 0 for none.
         max_refused: refused steps in a row that are borne; at one more, training returns to the
-            parameters of the last report, with half the learning rate.
+            last parameters that are known to be good, with half the learning rate.
         max_returns: such returns that are borne; one more ends the training.
         seed: seed of batches, pseudotimes and the validation part.
 

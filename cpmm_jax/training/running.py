@@ -45,9 +45,10 @@ class Running(ABC):
     """One call of `fit` or `fit_flow` under way.
 
     Where steps are refused again and again, or an adaptive solver takes `STIFF` times the steps it
-    took at first, training *returns* to the parameters of the last report, with half the learning
-    rate and an optimiser that has forgotten; where solves failed for want of steps, the solver may
-    take more. This happens `config.max_returns` times at most, and is told in every report.
+    took at first, training *returns* to the parameters of the last report from which steps were
+    accepted, or to the best ones, with half the learning rate and an optimiser that has forgotten;
+    where solves failed for want of steps, the solver may take more. This happens
+    `config.max_returns` times at most, and is told in every report.
 
     Args:
         model: what is trained.
@@ -72,7 +73,8 @@ class Running(ABC):
         self.state: TrainState = initial_state(optimizer, self.parts.params)
         self.totals: BlockTotals = empty_totals()  # since the last report
         self.reported = 0  # step of the last report
-        self.good: Any = snapshot(self.state.params)
+        self.good: Any = snapshot(self.state.params)  # steps from there were accepted
+        self.tried: Any = self.good  # of the last report: whether they are good will be seen
         self.returns = 0
         self.stopped: Ending | None = None
         self.history: list[Report] = []
@@ -209,6 +211,7 @@ class Running(ABC):
             **named_leaves("model", state.params),
             **named_leaves("optimizer", state.opt_state),
             **named_leaves("good", self.good),
+            **named_leaves("tried", self.tried),
             **named_leaves("best", self.best_params),
             **{f"totals/{name}": getattr(self.totals, name) for name in _TOTALS},
             **{name: getattr(state, name) for name in _COUNTERS},
@@ -238,7 +241,9 @@ class Running(ABC):
         if (steps := host["max_steps"]) is not None and steps != self._max_steps():
             self._allow_steps(steps)
         params = from_named("model", self.state.params, arrays)
-        self.good = from_named("good", self.state.params, arrays)
+        self.good = self.tried = from_named("good", self.state.params, arrays)
+        if any(name.startswith("tried/") for name in arrays):  # the first files lack it
+            self.tried = from_named("tried", self.state.params, arrays)
         self.best_params = None
         if host["has_best"]:
             self.best_params = from_named("best", self.state.params, arrays)
@@ -268,12 +273,14 @@ class Running(ABC):
 
     def _return_or_go_on(self, accepted: int) -> None:
         """Go back to the last good parameters where there is trouble; else they are these."""
+        if accepted:
+            self.good = self.tried
         refused = self.stopped == "refused"
         schedule = self.settings.schedule
         able = self.returns < self.config.max_returns and schedule is not None
         if not refused and not (self._is_stiff() and able and self.stopped is None):
             if not int(self.state.refused_in_a_row):
-                self.good = snapshot(self.state.params)
+                self.tried = snapshot(self.state.params)
             return
         if not able or self.step >= self.config.steps:
             return
@@ -282,7 +289,8 @@ class Running(ABC):
             self._allow_steps(MORE_STEPS * steps)
         self._slow_down()
         if not accepted and self.best_params is not None:
-            self.good = snapshot(self.best_params)  # these were not good either
+            self.good = snapshot(self.best_params)
+        self.tried = self.good
         fresh = initial_state(self.optimizer, self.good)
         self.state = TrainState(
             step=self.state.step,

@@ -3,8 +3,9 @@
 A folder of snapshots holds one folder for each, named by its step:
 
     00001200/arrays/      in Orbax's format, by name: `model/field/layers/0/kernel`, ... (what is
-                          trained), `best/...` (by validation), `good/...` (at the last report),
-                          `optimizer/...`, `totals/...` (since the last report), `step`, `refused`
+                          trained), `best/...` (by validation), `tried/...` (at the last report),
+                          `good/...` (at one from which steps were accepted), `optimizer/...`,
+                          `totals/...` (since the last report), `step`, `refused`
     00001200/state.json   what the host keeps: reports, best score, stage of the curriculum, returns
                           to good parameters; settings, data and versions that it belongs to; and a
                           checksum of this and of `arrays/` (schema 1)

@@ -179,7 +179,13 @@ def test_a_full_disk_costs_a_snapshot_only(tmp_path: Path, monkeypatch: pytest.M
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(folder, snapshot)
 
+    def due(self: snapshots.Saver, step: int) -> bool:
+        if self._pending is not None:
+            self._pending.result()
+        return step % 50 == 0
+
     monkeypatch.setattr(snapshots, "write_snapshot", full)
+    monkeypatch.setattr(snapshots.Saver, "due", due)
     monkeypatch.setattr(running, "LOOK", 0.0)
     with pytest.warns(SnapshotWarning, match="could not be saved .*No space left.*goes on") as seen:
         result = train(tmp_path)
