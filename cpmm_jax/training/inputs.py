@@ -13,11 +13,14 @@ from flax import nnx
 
 from cpmm_jax.data.checks import check_enough_rows, check_examples, check_labels
 from cpmm_jax.data.dataset import Dataset, split
+from cpmm_jax.data.pixels import Pixels, check_pixels, dequantise
 from cpmm_jax.errors import ConfigError, DataError
 from cpmm_jax.mixture.checks import check_weight
 from cpmm_jax.mixture.padding import pad_rows, padded_size
 from cpmm_jax.training.config import TrainConfig
 from cpmm_jax.training.step import Examples
+
+BLOCK = 4096  # images dequantised at a time, in float64
 
 
 class Parts(NamedTuple):
@@ -72,8 +75,14 @@ def prepare(
     config: TrainConfig,
     weight: npt.ArrayLike | None = None,
     weight_valid: npt.ArrayLike | None = None,
+    pixels: Pixels | None = None,
+    *,
+    once: bool = False,
 ) -> Data:
     """Check the data, set a validation part aside, and move both parts to the device.
+
+    With `pixels`, examples are recorded pixels: those of the training stay bytes, unless they are
+    to be dequantised `once`, as those of the validation are.
 
     Returns:
         Training and validation examples in the dtype of the parameters.
@@ -106,18 +115,40 @@ def prepare(
     check_enough_rows(
         len(data.x_train), model.num_classes * model.num_trajectories * config.num_times
     )
-    valid = None
-    if data.x_valid is not None:
-        valid = _on_device(dtype, data.x_valid, data.y_valid, data.weight_valid)
-    if valid is None and config.patience is not None:
+    if data.x_valid is None and config.patience is not None:
         raise ConfigError(
             f"`patience` must come with a validation part; got patience {config.patience} and "
             "none; give `x_valid` or a `valid_fraction` above 0."
         )
+    if pixels is not None:
+        data = _dequantised(data, pixels, dtype, config.seed, once=once)
     num_examples = len(data.x_train)
     parts, size = (data.x_train, data.y_train, data.weight_train), padded_size(num_examples)
     padded = [None if part is None else pad_rows(part, size) for part in parts]
+    valid = None
+    if data.x_valid is not None:
+        valid = _on_device(dtype, data.x_valid, data.y_valid, data.weight_valid)
     return Data(_on_device(dtype, *padded), num_examples, valid)
+
+
+def _dequantised(data: Dataset, pixels: Pixels, dtype: Any, seed: int, *, once: bool) -> Dataset:
+    """Return recorded pixels as bytes, or as examples of the model where they are to be so."""
+
+    def carried(x: npt.NDArray[Any], stream: int) -> npt.NDArray[Any]:
+        rng = np.random.default_rng([seed, stream])
+        blocks = [
+            pixels.forward(dequantise(rng, x[first : first + BLOCK])).astype(dtype)
+            for first in range(0, len(x), BLOCK)
+        ]
+        return np.concatenate(blocks)
+
+    train = check_pixels(data.x_train).astype(np.uint8)
+    valid = data.x_valid
+    return replace(
+        data,
+        x_train=carried(train, 0) if once else train,
+        x_valid=None if valid is None else carried(check_pixels(valid, name="x_valid"), 1),
+    )
 
 
 def _on_device(

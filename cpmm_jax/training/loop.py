@@ -21,6 +21,7 @@ from cpmm_jax.curriculum import (
     check_curriculum,
     describe_curriculum,
 )
+from cpmm_jax.data.pixels import Pixels
 from cpmm_jax.errors import RunError, TrainingError
 from cpmm_jax.training.config import TrainConfig, default_optimizer, learning_rate_schedule
 from cpmm_jax.training.inputs import Data, prepare, take_apart
@@ -86,6 +87,7 @@ def fit(
     y_valid: npt.ArrayLike | None = None,
     sample_weight: npt.ArrayLike | None = None,
     weight_valid: npt.ArrayLike | None = None,
+    pixels: Pixels | None = None,
     optimizer: optax.GradientTransformation | None = None,
     metrics_path: str | Path | None = None,
     progress: bool | None = None,
@@ -120,6 +122,9 @@ def fit(
         y_valid: their labels, where `y` is given.
         sample_weight: how much each training example counts, shape (N,); only ratios matter.
         weight_valid: the same of the validation examples.
+        pixels: where examples are images as they were recorded, whole numbers 0..255: the map to
+            the space of the model. They are dequantised anew in every step, those of the validation
+            once, and so are all where a curriculum carries them along a map of its own.
         optimizer: any optax transformation; None for Adam as described by `config`.
         metrics_path: a new file for the reports, one JSON object per line.
         progress: True or False to show a progress bar or not; None to show it on a terminal.
@@ -150,9 +155,13 @@ def fit(
     config = TrainConfig() if config is None else config
     config.check()
     parts = take_apart(model)
-    data = prepare(model, parts.params, x, y, x_valid, y_valid, config, sample_weight, weight_valid)
+    carried = len(curriculum.stages.positions) > 1 and not curriculum.is_random
+    weights = (sample_weight, weight_valid)
+    data = prepare(
+        model, parts.params, x, y, x_valid, y_valid, config, *weights, pixels, once=carried
+    )
     check_curriculum(curriculum, data.train.x.shape[1])
-    run = _Run(model, data, config, curriculum, optimizer, start)
+    run = _Run(model, data, config, curriculum, optimizer, start, None if carried else pixels)
     identity = partial(
         fingerprint_of,
         model,
@@ -161,6 +170,7 @@ def fit(
         {**named_leaves("train", data.train), **named_leaves("valid", data.valid)},
         curriculum=describe_curriculum(curriculum),
         optimizer="Adam" if optimizer is None else "given",
+        **({} if pixels is None else {"pixels": repr(pixels)}),
     )
     with (
         kept(run, checkpoints, identity, resume=resume) as keeper,
@@ -198,6 +208,7 @@ class _Run(Running):
         curriculum: Curriculum,
         optimizer: optax.GradientTransformation | None,
         start: float,
+        pixels: Pixels | None,
     ) -> None:
         self.stages = Staircase(curriculum, data, config.steps)
         settings = Settings(
@@ -217,6 +228,7 @@ class _Run(Running):
             config.num_times,
             min(config.batch_size, data.num_examples),
             curriculum if curriculum.is_random else None,
+            pixels,
         )
         self.is_over = False  # the stage
         compiling = time.perf_counter()

@@ -46,9 +46,9 @@ class Running(ABC):
 
     Where steps are refused again and again, or an adaptive solver takes `STIFF` times the steps it
     took at first, training *returns* to the parameters of the last report from which steps were
-    accepted, or to the best ones, with half the learning rate and an optimiser that has forgotten;
-    where solves failed for want of steps, the solver may take more. This happens
-    `config.max_returns` times at most, and is told in every report.
+    accepted, with half the learning rate and an optimiser that has forgotten; where solves failed
+    for want of steps, the solver may take more. This happens `config.max_returns` times at most,
+    and is told in every report.
 
     Args:
         model: what is trained.
@@ -279,8 +279,7 @@ class Running(ABC):
         schedule = self.settings.schedule
         able = self.returns < self.config.max_returns and schedule is not None
         if not refused and not (self._is_stiff() and able and self.stopped is None):
-            if not int(self.state.refused_in_a_row):
-                self.tried = snapshot(self.state.params)
+            self.tried = snapshot(self.state.params)
             return
         if not able or self.step >= self.config.steps:
             return
@@ -288,8 +287,6 @@ class Running(ABC):
         if short and (steps := self._max_steps()) is not None:
             self._allow_steps(MORE_STEPS * steps)
         self._slow_down()
-        if not accepted and self.best_params is not None:
-            self.good = snapshot(self.best_params)
         self.tried = self.good
         fresh = initial_state(self.optimizer, self.good)
         self.state = TrainState(

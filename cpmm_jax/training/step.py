@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from cpmm_jax.curriculum import Curriculum
 from cpmm_jax.data.batches import batch_indices
+from cpmm_jax.data.pixels import Pixels, dequantise
 from cpmm_jax.dynamics.trajectory import GridTimes
 from cpmm_jax.training.config import Schedule, TimeSampler
 from cpmm_jax.training.objective import negative_log_likelihood
@@ -30,6 +31,8 @@ class Plan(NamedTuple):
         num_times: T.
         batch_size: B.
         curriculum: a provider that draws anew in every step; else None.
+        pixels: the map of recorded pixels, dequantised anew in every step; None for examples that
+            are taken as they are.
     """
 
     graphdef: Any
@@ -38,13 +41,14 @@ class Plan(NamedTuple):
     num_times: int
     batch_size: int
     curriculum: Curriculum | None = None
+    pixels: Pixels | None = None
 
 
 class Examples(NamedTuple):
     """Examples on the device; N counts padding rows too.
 
     Attributes:
-        x: shape (N, D).
+        x: shape (N, D); bytes where pixels are dequantised in the step.
         y: class codes, shape (N,), -1 where unknown; or None.
         weight: how much each counts, shape (N,), one on average; None where all count alike.
     """
@@ -58,8 +62,8 @@ class Settings(NamedTuple):
     """What a step takes besides state and data, all of it traced: other values compile nothing.
 
     Attributes:
-        keys: three PRNG keys; batches are a function of the first and of the step, pseudotimes of
-            the second, and what a curriculum draws of the third.
+        keys: four PRNG keys; batches are a function of the first and of the step, pseudotimes of
+            the second, what a curriculum draws of the third, and the noise of pixels of the fourth.
         num_examples: rows of the training examples that are no padding.
         max_refused: refused steps in a row that are borne.
         schedule: learning rate by number of updates; None for an optimiser that has its own.
@@ -76,9 +80,9 @@ class Settings(NamedTuple):
 
 
 def make_keys(seed: int) -> Array:
-    """Return the three keys of a run, see `Settings`."""
+    """Return the four keys of a run, see `Settings`."""
     key = jax.random.key(seed)
-    return jnp.stack([*jax.random.split(key), jax.random.fold_in(key, 2)])
+    return jnp.stack([*jax.random.split(key), *(jax.random.fold_in(key, i) for i in (2, 3))])
 
 
 def training_step(
@@ -98,10 +102,15 @@ def training_step(
     Returns:
         The state after the step, and this step's totals (all zero if it was refused).
     """
-    batch_key, times_key, noise_key = settings.keys
+    batch_key, times_key, noise_key, pixel_key = settings.keys
     rows = batch_indices(batch_key, state.step, plan.batch_size, settings.num_examples)
     batch: Examples = jax.tree.map(lambda leaf: leaf[rows], train)
     times = plan.time_sampler(jax.random.fold_in(times_key, state.step), plan.num_times)
+    if plan.pixels is not None:
+        pixel_key = jax.random.fold_in(pixel_key, state.step)
+        dtype = jnp.result_type(*jax.tree.leaves(state.params))
+        dequantised = dequantise(pixel_key, batch.x.astype(dtype))
+        batch = batch._replace(x=plan.pixels.forward(dequantised))
     if plan.curriculum is not None:
         noise_key = jax.random.fold_in(noise_key, state.step)
         batch = batch._replace(x=plan.curriculum.at(batch.x, settings.position, noise_key))
