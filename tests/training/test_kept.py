@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,27 @@ def test_a_full_disk_costs_a_snapshot_only(tmp_path: Path, monkeypatch: pytest.M
     assert_same(result, train())
     assert not list(tmp_path.glob("*.part"))
     assert read_snapshot(newest(tmp_path)).host["step"] == result.steps
+
+
+@pytest.mark.parametrize("report", [1, 5])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_signal_says_what_became_of_the_training(
+    report: int, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it comes at the end, and where the disk is full by then."""
+
+    def fail(folder: Path, snapshot: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if full:
+        monkeypatch.setattr(snapshots, "write_snapshot", fail)
+    how = "finished when it was stopped" if report == 5 else "stopped"
+    what = "could not be saved since its last snapshot" if full else "is saved"
+    with (
+        pytest.raises(Interrupted, match=rf"training was {how} by SIGTERM at step .*, and {what}"),
+        pytest.warns(SnapshotWarning, match="could not be saved") if full else nullcontext(),
+    ):
+        train(tmp_path, callback=stop_at(report), checkpoints=cpmm.Checkpoints(folder=tmp_path))
 
 
 def test_a_full_disk_delays_the_reports(tmp_path: Path) -> None:
