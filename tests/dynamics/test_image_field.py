@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.test_util import check_grads
 from scipy.signal import correlate2d
 
-from cpmm_jax.dynamics.image_field import ConvField
+from cpmm_jax.dynamics.image_field import ConvField, convolve
 from cpmm_jax.errors import ConfigError
 
 HEIGHT, WIDTH, CHANNELS, RANK, AUGMENTED = 5, 4, 2, 1, 3
@@ -26,7 +27,7 @@ def field(seed: int = 0, **settings: Any) -> ConvField:
 call = jax.jit(lambda field, t, state: field(t, state))
 
 
-def convolved(image: np.ndarray, layer: Any, stride: int = 1) -> np.ndarray:
+def convolved(image: np.ndarray, layer: Any) -> np.ndarray:
     """Return what a layer computes, by SciPy, in float64."""
     kernel, bias = np.asarray(layer.kernel, np.float64), np.asarray(layer.bias, np.float64)
     full = [
@@ -36,9 +37,13 @@ def convolved(image: np.ndarray, layer: Any, stride: int = 1) -> np.ndarray:
         )
         for o in range(kernel.shape[-1])
     ]
-    # Padded as XLA pads "SAME": an even side begins one pixel later.
-    first = [(side - 1) % stride for side in image.shape[:2]]
-    return np.stack(full, axis=-1)[first[0] :: stride, first[1] :: stride] + bias
+    return np.stack(full, axis=-1) + bias
+
+
+def halved(image: np.ndarray) -> np.ndarray:
+    """Return means of the one to four pixels of every place of half the resolution."""
+    rows, columns = (range(0, side, 2) for side in image.shape[:2])
+    return np.array([[image[i : i + 2, j : j + 2].mean((0, 1)) for j in columns] for i in rows])
 
 
 def with_time(image: np.ndarray, t: float) -> np.ndarray:
@@ -58,7 +63,7 @@ def by_scipy(made: ConvField, t: float, state: np.ndarray) -> np.ndarray:
     seen = []
     for layer in made.down:
         seen.append(hidden)
-        hidden = np.sin(convolved(with_time(hidden, t), layer, stride=2))
+        hidden = np.sin(convolved(with_time(halved(hidden), t), layer))
     for layer in made.up:
         fine = seen.pop()
         finer = hidden.repeat(2, 0).repeat(2, 1)[: fine.shape[0], : fine.shape[1]]
@@ -74,6 +79,12 @@ def test_is_the_network_it_says(coarse: tuple[int, ...]) -> None:
     state = np.random.default_rng(0).normal(size=SIZE).astype(np.float32)
     found = call(made, 0.7, state)
     np.testing.assert_allclose(found, by_scipy(made, 0.7, state), rtol=1e-3, atol=2e-5)
+
+
+def test_the_derivative_of_a_convolution(x64: None) -> None:
+    rng = np.random.default_rng(0)
+    image, kernel = rng.normal(size=(5, 4, 3)), rng.normal(size=(3, 3, 3, 2))
+    check_grads(convolve, (image, kernel), order=1, modes=["rev"])
 
 
 def test_every_kind_of_parameter_has_channels_of_its_own() -> None:
