@@ -108,6 +108,8 @@ def test_short_of_rows_trajectories_start_at_examples(
     recipe = recommend(rows, 13, labelled=labelled, components=40, rank=4)
     assert recipe.local_start is local
     assert recipe.polish is (local or not labelled)
+    if labelled:  # what is trained to tell classes apart is not made a description again
+        assert not recommend(rows, 13, labelled=True, discriminative=0.9).polish
     assert recommend(rows, 13, labelled=labelled, local_start=not local).local_start is not local
 
 

@@ -72,6 +72,16 @@ def test_what_is_left_tells_the_classes_apart_the_better() -> None:
     assert log_loss[1] < log_loss[0] - 0.01
 
 
+def test_the_score_is_of_what_is_trained() -> None:
+    config = replace(QUICK, discriminative=0.5)
+    model = DirectMFA.from_mixture(classes())
+    parts: dict[str, Any] = {"x_valid": X, "y_valid": GROUPS, "progress": False}
+    result = cpmm.fit(model, X, GROUPS, config=config, **parts)
+    joint = np.asarray(result.last_model.extract().class_log_prob(X))
+    score = joint[np.arange(400), GROUPS] - 0.5 * np.logaddexp.reduce(joint, axis=1)
+    assert result.history[-1]["valid_log_likelihood"] == pytest.approx(score.mean(), rel=1e-4)
+
+
 def test_a_share_of_nothing_is_refused() -> None:
     config = replace(QUICK, discriminative=0.5)
     with pytest.raises(ConfigError, match=r"`discriminative` must be 0 without labels; got 0\.5"):
