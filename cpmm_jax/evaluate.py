@@ -32,7 +32,8 @@ def evaluate(
             clusters, found without labels, and are compared with `y` as partitions.
 
     Returns:
-        `log_likelihood`, the mean of log p(x) in nats per example; with labels `accuracy` of the
+        `log_likelihood`, the mean of log p(x) in nats per example, and of a mixture of dequantised
+        pixels `bits_per_dimension`, where `x` is dequantised too; with labels `accuracy` of the
         most probable class and `joint_log_likelihood`, the mean of log p(x, y), if supervised, else
         `nmi` (normalised mutual information) and `ari` (adjusted Rand index).
 
@@ -47,6 +48,9 @@ def evaluate(
     """
     joint = mixture.class_log_prob(x)
     metrics = {"log_likelihood": float(np.mean(np.logaddexp.reduce(joint, axis=1)))}
+    if mixture.extra.get("dequantised"):
+        bits = bits_per_dimension(metrics["log_likelihood"], mixture.dim)
+        metrics["bits_per_dimension"] = bits
     if y is None:
         return metrics
     classes = np.argmax(joint, axis=1)

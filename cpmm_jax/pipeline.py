@@ -19,6 +19,7 @@ from flax import nnx
 
 from cpmm_jax.curriculum import Curriculum, FlowCurriculum, InterpolantCurriculum, NoCurriculum
 from cpmm_jax.data.dataset import Dataset, split
+from cpmm_jax.data.pixels import AffinePixels, dequantise
 from cpmm_jax.data.standardise import Standardizer
 from cpmm_jax.dynamics.flow import CNF
 from cpmm_jax.mixture.em import polish
@@ -115,7 +116,9 @@ def fit_mixture(
         discriminative=recipe.discriminative,
         seed=recipe.seed,
     )
-    if begin is None:
+    if begin is None and recipe.event_shape is not None:
+        standardizer = Standardizer.fit_images(x_train, recorded=recipe.dequantise)
+    elif begin is None:
         standardizer = Standardizer.fit(x_train, names=feature_names, weight=weight)
     else:
         standardizer = begin.standardizer
@@ -123,7 +126,7 @@ def fit_mixture(
         recipe = replace(recipe, **{size: getattr(begin.recipe, size) for size in sizes})
         recipe = replace(recipe, divisions=(), refit=False)
     floor = np.maximum(standardizer.noise_floor(), recipe.least_noise)
-    data = Dataset("z", standardizer.transform(x_train), y_train, weight_train=weight)
+    data = Dataset("x", x_train, y_train, weight_train=weight)
     if x_valid is None:  # the rows that `fit` would take
         read = recipe.num_classes * recipe.num_trajectories * recipe.num_times
         if len(x_train) * (1 - config.valid_fraction) - 1 < read:  # none to spare
@@ -131,8 +134,11 @@ def fit_mixture(
         cut = config.valid_fraction
         data = split(data, seed=recipe.seed, valid_fraction=cut, test_fraction=0.0)
     else:
-        z_valid = standardizer.transform(x_valid)
-        data = replace(data, x_valid=z_valid, y_valid=y_valid, weight_valid=weight_valid)
+        data = replace(data, x_valid=x_valid, y_valid=y_valid, weight_valid=weight_valid)
+    pixels, recorded = None, (data.x_train, data.x_valid)
+    if recipe.dequantise:
+        pixels = AffinePixels(float(standardizer.shift[0]), float(standardizer.scale[0]))
+    data = _standardized(data, standardizer, pixels, recipe.seed)
     if recipe.clusters:
         before = None if begin is None else begin.standardized
         data = with_clusters(data, recipe, standardizer.scale, before)
@@ -148,14 +154,15 @@ def fit_mixture(
         untrained = build_model(
             data.x_train, classes, floor, recipe, curriculum, weight=data.weight_train
         )
+    given: Any = {} if pixels is None else {"pixels": pixels, "x_valid": recorded[1]}
     result = fit(
         untrained,
-        data.x_train,
+        data.x_train if pixels is None else recorded[0],
         data.y_train,
         config=replace(config, num_times=recipe.train_times, valid_times=recipe.num_times),
         curriculum=curriculum,
         sample_weight=data.weight_train,
-        **valid,
+        **(valid | given),
         metrics_path=metrics_path,
         **quiet,
         **keep("mixture"),
@@ -198,6 +205,22 @@ def fit_mixture(
         result=result,
         flow=curriculum.flow if isinstance(curriculum, FlowCurriculum) else None,
     )
+
+
+def _standardized(
+    data: Dataset, standardizer: Standardizer, pixels: AffinePixels | None, seed: int
+) -> Dataset:
+    """Return examples in standardised units; of recorded pixels with noise drawn once."""
+
+    def carried(x: np.ndarray | None, stream: int) -> np.ndarray | None:
+        if x is None or pixels is None:
+            return None if x is None else standardizer.transform(x)
+        noisy = dequantise(np.random.default_rng([seed, stream]), x)
+        return np.asarray(pixels.forward(noisy), np.float32)
+
+    x_train = carried(data.x_train, 0)
+    assert x_train is not None
+    return replace(data, name="z", x_train=x_train, x_valid=carried(data.x_valid, 1))
 
 
 def _keep(checkpoints: Checkpoints | None, resume: bool, name: str) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from cpmm_jax.data.checks import check_enough_rows
 from cpmm_jax.errors import ConfigError
@@ -11,6 +13,9 @@ LONGEST_LOCAL = 16  # times; a longer trajectory must cross the data, and starts
 DIVISIONS = (1, 2, 4, 8)  # lengths of trajectories that are tried
 CURRICULA = ("none", "interpolant", "flow")
 WIDE_NOISE = 0.1  # least noise variance of a classifier's components
+IMAGE_SIDE = 16  # pixels from which images have a convolutional field
+IMAGE_TRAJECTORIES = 10  # of a density of images
+IMAGES: dict[str, Any] = {"widths": (16,), "coarse_widths": (32,), "ode_steps": 8}
 REFIT_BELOW = 5000  # rows under which a validation part is too much to leave out of the fit
 
 
@@ -39,7 +44,11 @@ class Recipe:
             one that is trained by flow matching.
         tails: probability of the broad twin that every component is given after training (see
             `MFA.with_tails`); 0 for none.
-        widths: hidden units of the field.
+        event_shape: (H, W, channels) of images that a convolutional field moves; None for tables.
+        dequantise: whether they are recorded pixels, 0..255, dequantised anew in every step.
+        widths: hidden units of the field; of a convolutional one channels.
+        coarse_widths: its channels at each halving of the resolution.
+        ode_steps: steps of the solver.
         steps: training steps.
         batch_size: examples in a step.
         learning_rate: highest learning rate.
@@ -62,7 +71,11 @@ class Recipe:
     least_noise: float
     curriculum: str
     tails: float
+    event_shape: tuple[int, int, int] | None
+    dequantise: bool
     widths: tuple[int, ...]
+    coarse_widths: tuple[int, ...]
+    ode_steps: int
     steps: int
     batch_size: int
     learning_rate: float
@@ -93,6 +106,8 @@ def recommend(
     learning_rate: float | None = None,
     discriminative: float = 0.0,
     curriculum: str = "none",
+    event_shape: Sequence[int] | None = None,
+    dequantise: bool = False,
     seed: int = 0,
 ) -> Recipe:
     """Choose the settings that are not given from N, D and the number of classes.
@@ -119,6 +134,8 @@ def recommend(
         discriminative: with labels, the share of log p(x) that is taken from the objective. Above
             0, components are wide: narrow ones are too sure of the class of what lies near them.
         curriculum: "none", "interpolant" or "flow".
+        event_shape: of one example: images of 16 x 16 pixels and more get a convolutional field.
+        dequantise: whether images are recorded pixels, whole numbers 0..255.
         seed: seed of everything random.
 
     Returns:
@@ -170,6 +187,9 @@ def recommend(
         divisions = tuple(times for times in DIVISIONS if components % times == 0)
     tails = 0.1 if components is None and _few(rows, dim) else 0.0
     rank = default_rank(rows, dim) if rank is None else rank
+    image = image_shape(event_shape)
+    if trajectories is None and image is not None and components is None and not grouped:
+        trajectories = IMAGE_TRAJECTORIES
     if trajectories is None:
         trajectories = _default_trajectories(rows, dim, rank, components, classes)
     if components is None:
@@ -182,7 +202,7 @@ def recommend(
     else:
         times = components // (classes * trajectories)
     check_enough_rows(num_examples, classes * trajectories * times)
-    return Recipe(
+    recipe = Recipe(
         num_classes=classes if grouped else trajectories,
         num_trajectories=trajectories if grouped else 1,
         clusters=clusters is not None,
@@ -196,7 +216,11 @@ def recommend(
         least_noise=WIDE_NOISE if discriminative else 0.0,
         curriculum=curriculum,
         tails=tails,
+        event_shape=None,
+        dequantise=False,
         widths=(128, 128) if dim < 16 else (256, 256),
+        coarse_widths=(),
+        ode_steps=16,
         steps=(1500 if _few(rows, dim) else 3000) if steps is None else steps,
         batch_size=_default_batch_size(num_examples) if batch_size is None else batch_size,
         learning_rate=3e-3 if learning_rate is None else learning_rate,
@@ -204,6 +228,27 @@ def recommend(
         refit=num_examples < REFIT_BELOW,
         seed=seed,
     )
+    if image is None:
+        return recipe
+    return replace(
+        recipe,
+        event_shape=image,
+        dequantise=dequantise,
+        local_start=True,
+        train_times=times,
+        divisions=(),
+        tails=0.0,
+        refit=False,
+        **IMAGES,
+    )
+
+
+def image_shape(event_shape: Sequence[int] | None) -> tuple[int, int, int] | None:
+    """Return (H, W, channels) of images large enough for a convolutional field; else None."""
+    if event_shape is None or len(event_shape) not in (2, 3):
+        return None
+    height, width, channels = (*event_shape, 1)[:3]
+    return (height, width, channels) if min(height, width) >= IMAGE_SIDE else None
 
 
 def _default_trajectories(

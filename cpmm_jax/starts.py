@@ -13,6 +13,7 @@ from flax import nnx
 
 from cpmm_jax.curriculum import Curriculum, NoCurriculum
 from cpmm_jax.data.dataset import Dataset
+from cpmm_jax.dynamics.solve import SolverConfig
 from cpmm_jax.mixture.em import fit_em
 from cpmm_jax.mixture.grouping import group_examples, spread_labels
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
@@ -171,7 +172,10 @@ def build_model(
         recipe.rank,
         recipe.num_classes,
         recipe.num_trajectories,
+        event_shape=recipe.event_shape,
         widths=recipe.widths,
+        coarse_widths=recipe.coarse_widths,
+        solver=SolverConfig(num_steps=recipe.ode_steps),
         noise_floor=noise_floor,
         rngs=nnx.Rngs(recipe.seed),
     )
@@ -183,7 +187,8 @@ def build_model(
         by_class = [z if y is None else z[y == c] for c in range(recipe.num_classes)]
         starts = [rows[rng.choice(len(rows), count)] for rows in by_class]
         return make(initial_means=np.stack(starts))
-    local = fit_start(z, y, noise_floor, recipe, weight=weight)
+    quick: Any = {"starts": 1, "moves": 0} if recipe.event_shape else {}  # of many features
+    local = fit_start(z, y, noise_floor, recipe, weight=weight, **quick)
     lead = (recipe.num_classes, recipe.num_trajectories)
     logits, means, loadings, log_noise = (
         jnp.stack(leaves).reshape(*lead, *leaves[0].shape[1:])

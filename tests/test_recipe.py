@@ -118,6 +118,18 @@ def test_the_batch_of_few_rows_is_the_same_with_a_validation_part(rows: int, siz
     assert recommend(rows, 2).batch_size == size <= 0.85 * rows
 
 
+def test_images_of_a_size_get_a_convolutional_field() -> None:
+    small = recommend(3000, 64, 10, labelled=True, event_shape=(8, 8), dequantise=True)
+    assert small == recommend(3000, 64, 10, labelled=True)
+    for shape in ((16, 20), (16, 20, 1)):
+        recipe = recommend(3000, 320, 10, labelled=True, event_shape=shape, dequantise=True)
+        assert recipe.event_shape == (16, 20, 1) and recipe.dequantise
+        assert recipe.num_components == 10 * recipe.num_times and recipe.train_times > 3
+    density = recommend(3000, 960, event_shape=(16, 20, 3))
+    assert (density.event_shape, density.dequantise) == ((16, 20, 3), False)
+    assert density.num_classes == 10 and density.tails == 0
+
+
 def test_a_rare_class_starts_as_many_trajectories(rng: np.random.Generator) -> None:
     z = rng.normal(size=(400, 2)).astype(np.float32)
     y = (np.arange(400) >= 397).astype(int)  # three rows

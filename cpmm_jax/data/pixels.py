@@ -56,6 +56,12 @@ def check_pixels(x: npt.ArrayLike, *, name: str = "x") -> npt.NDArray[Any]:
     return array
 
 
+def are_recorded(x: npt.NDArray[Any]) -> bool:
+    """Whether all values are whole numbers in 0..255, and more than two of them."""
+    whole = (x >= 0) & (x < _LEVELS) & (x == np.floor(x))
+    return bool(whole.all()) and bool((x > 1).any())
+
+
 def dequantise(key: _Array, x: _Array) -> _Array:
     """Add fresh uniform noise to recorded pixels: x + u, in (0, 256), of the shape of `x`.
 

@@ -102,6 +102,25 @@ class Standardizer:
             )
         return cls(shift, scale, resolution)
 
+    @classmethod
+    def fit_images(cls, x: npt.ArrayLike, *, recorded: bool) -> Standardizer:
+        """Measure one shift and scale of all pixels, so that an image stays one.
+
+        Args:
+            x: training images, (N, D).
+            recorded: whether they are whole numbers, of which each stands for the interval up to
+                the next, as after `dequantise`; shift and scale are then of these.
+
+        Raises:
+            DataError: see `check_examples`; or pixels that are all the same.
+        """
+        x = check_examples(x)
+        shift, scale = _moments(x.astype(np.float64).ravel(), "all pixels", None)
+        ones = np.ones(x.shape[1])
+        if recorded:  # with the mean and the variance of the uniform noise
+            shift, scale = shift + 0.5, float(np.sqrt(scale**2 + 1 / 12))
+        return cls(shift * ones, scale * ones, float(recorded) * ones)
+
     @property
     def dim(self) -> int:
         """Number of features D."""

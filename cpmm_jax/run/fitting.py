@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from cpmm_jax import __version__, artifact
+from cpmm_jax.data.pixels import are_recorded
 from cpmm_jax.errors import RunError
 from cpmm_jax.evaluate import evaluate
 from cpmm_jax.files import write_json
 from cpmm_jax.run.folder import ORDER, TRAINING, check_free, new_folder, old_folder
-from cpmm_jax.run.reading import FLOW, MODEL, SCHEMA, Source
+from cpmm_jax.run.reading import FLOW, MODEL, SCHEMA, Source, as_fitted
 
 _LIBRARIES = ("jax", "flax", "diffrax", "optax", "numpy")
 
@@ -163,6 +164,8 @@ def _fill(
         data.dim,
         data.num_classes or 1,
         labelled=source.labels,
+        event_shape=data.event_shape,
+        dequantise=data.event_shape is not None and are_recorded(data.x_train),
         seed=source.seed,
         **order.settings,
     )
@@ -196,13 +199,15 @@ def _fill(
         extra={
             "num_times": recipe.num_times,
             "num_trajectories": recipe.num_trajectories,
+            **({"dequantised": True} if recipe.dequantise else {}),
         },
     )
     save_model(folder / MODEL, fitted.model)
     if fitted.flow is not None:
         save_model(folder / FLOW, fitted.flow)
     mixture = artifact.load(folder / "mixture.npz")
-    scores = evaluate(mixture, data.x_test, data.y_test, supervised=source.labels)
+    x_test = as_fitted(mixture, data.x_test, source.seed)
+    scores = evaluate(mixture, x_test, data.y_test, supervised=source.labels)
     scores = {name if name in _BARE else f"test_{name}": v for name, v in scores.items()}
     metrics = {
         **scores,

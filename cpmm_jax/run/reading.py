@@ -15,6 +15,7 @@ from cpmm_jax import artifact
 from cpmm_jax.data.checks import check_examples, show
 from cpmm_jax.data.dataset import Dataset, split
 from cpmm_jax.data.labels import recode_labels
+from cpmm_jax.data.pixels import dequantise
 from cpmm_jax.data.readers import load
 from cpmm_jax.data.table import count_columns
 from cpmm_jax.errors import RunError
@@ -172,6 +173,12 @@ def read_examples(run: Run, data: str, label_column: str | None = None) -> Examp
     if run.supervised and run.mixture.class_names is not None:
         dataset = recode_labels(dataset, run.mixture.class_names)
     x, y = dataset.part("test")
-    if x is not None:
-        return Examples(x, y, "test part")
-    return Examples(dataset.x_train, dataset.y_train, "all rows")
+    part = "test part"
+    if x is None:
+        x, y, part = dataset.x_train, dataset.y_train, "all rows"
+    return Examples(as_fitted(run.mixture, x, own.seed), y, part)
+
+
+def as_fitted(mixture: artifact.Mixture, x: npt.NDArray[Any], seed: int) -> npt.NDArray[Any]:
+    """Return examples as the mixture was fitted to them: recorded pixels with noise, drawn once."""
+    return dequantise(np.random.default_rng(seed), x) if mixture.extra.get("dequantised") else x

@@ -142,3 +142,15 @@ def test_a_weight_stands_for_rows() -> None:
     alone = np.arange(5.0)[:, None]  # no row twice, and yet on a grid
     assert Standardizer.fit(alone, weight=np.full(5, 100.0)).resolution.tolist() == [1.0]
     assert Standardizer.fit(alone).resolution.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_images_have_one_shift_and_scale(recorded: bool, rng: np.random.Generator) -> None:
+    x = rng.integers(0, 256, (500, 6)) * np.linspace(0.1, 1, 6)
+    x = x.round() if recorded else x
+    s = Standardizer.fit_images(x, recorded=recorded)
+    assert len(set(s.shift)) == len(set(s.scale)) == 1
+    seen = x + rng.uniform(size=x.shape) if recorded else x
+    z = s.transform(seen)
+    assert z.mean() == pytest.approx(0, abs=0.01) and z.std() == pytest.approx(1, abs=0.01)
+    assert s.resolution.tolist() == [float(recorded)] * 6
