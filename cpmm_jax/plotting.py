@@ -279,14 +279,14 @@ def _of_class(mixture: Mixture, c: int) -> Mixture:
 
 
 def plot_training(history: Sequence[Mapping[str, Any]], *, ax: Axes | None = None) -> Axes:
-    """Draw the log-likelihood of training batches and of the validation part by step.
+    """Draw the objective on training batches and of the validation part by step.
 
     Args:
         history: reports, as in `FitResult.history` or `metrics.jsonl`.
         ax: axes to draw on; new ones by default.
 
     Returns:
-        The axes; log-likelihoods are in nats per example, in standardised units.
+        The axes; it is in nats per example, in standardised units.
     """
     ax = _axes(ax, (5.2, 3.2))
     steps = [report["step"] for report in history]
@@ -301,7 +301,7 @@ def plot_training(history: Sequence[Mapping[str, Any]], *, ax: Axes | None = Non
     if len(shown) > 4:  # the first steps must not flatten the rest
         low, high = np.quantile(shown, 0.05), max(shown)
         ax.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
-    ax.set(xlabel="step", ylabel="log-likelihood (nats, standardised)")
+    ax.set(xlabel="step", ylabel="objective (nats, standardised)")
     ax.legend(frameon=False)
     return ax
 

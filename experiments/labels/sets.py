@@ -60,7 +60,7 @@ def labelled_set(name: str, seed: int, *, data_dir: Path | None = None) -> Label
         DataError: there is no such set, or it has no labels.
     """
     name, _, part = name.partition("@")
-    data = _with_common_classes(_read(name, data_dir))
+    data = _with_common_classes(read_set(name, data_dir))
     if data.x_test is None:
         data = split(data, seed=seed, valid_fraction=0.0, test_fraction=0.3)
     assert data.y_train is not None and data.x_test is not None and data.y_test is not None
@@ -70,17 +70,18 @@ def labelled_set(name: str, seed: int, *, data_dir: Path | None = None) -> Label
 
 def all_rows(name: str, seed: int, *, data_dir: Path | None = None) -> LabelledSet:
     """Return all rows of a set, the test part with the others, and no rows apart."""
-    data = _with_common_classes(_read(name, data_dir))
+    data = _with_common_classes(read_set(name, data_dir))
     parts = [data.part(which) for which in ("train", "valid", "test")]
     x = np.concatenate([part[0] for part in parts if part[0] is not None])
     y = np.concatenate([part[1] for part in parts if part[1] is not None])
     return LabelledSet(name, x, y, x[:0], y[:0])
 
 
-def _read(name: str, data_dir: Path | None) -> Dataset:
+def read_set(name: str, data_dir: Path | None) -> Dataset:
+    """Return a set as it is; of a name like `mnist:64` its first principal components."""
     name, _, components = name.partition(":")
     if components:
-        return _principal(_read(name, data_dir), int(components))
+        return _principal(read_set(name, data_dir), int(components))
     if name in BUILTIN_NAMES:
         return load(name)
     folder = data_dir or os.environ.get("CPMM_DATA_DIR")
