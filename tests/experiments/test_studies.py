@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cpmm_jax.data import make
-from experiments import ablation, curriculum, figure2, gaussians25
-from experiments.compare.cells import Cell, write
+from experiments import ablation, curriculum, figure2, gaussians25, images
+from experiments.compare.cells import Cell, Settings, write
 
 
 def test_a_curriculum_is_compared_over_the_same_seeds() -> None:
@@ -85,6 +85,21 @@ def test_the_ablation(tmp_path: Path) -> None:
     assert ablation.main(["--sets", "moons", "--seeds", "1", "--out", str(tmp_path)]) == 0
     numbers = json.loads((tmp_path / "ablation.json").read_text())["data"]
     assert all(len(numbers[f"moons/{change}"]) == 1 for change in ablation.CHANGES)
+
+
+@pytest.mark.slow
+def test_the_experiment_on_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, y = np.random.default_rng(0), np.arange(160) % 2
+    x = rng.integers(0, 40, (160, 16, 16)) + 150 * (np.arange(16) < 6 + 4 * y[:, None, None])
+    np.savez(tmp_path / "stripes.npz", x=x.astype(np.uint8), y=y)
+    monkeypatch.setitem(images.SIZES, "stripes", images.Size(1, 2, 1))
+    data = images.image_set("stripes", 0, data_dir=tmp_path)
+    for method in ("em", "direct", "cpmm_interpolant", "cpmm_classifier"):
+        cell = Cell("stripes", method, 0, Settings("images", 0.0, steps=20))
+        metrics = images.measure(cell, method, data)["metrics"]
+        assert metrics["accuracy"] == 1.0 and 4 < metrics["bits_per_dimension"] < 8
+        assert 0 <= metrics["js"] <= np.log(2)
+    assert images.measure(cell, "pca_gmm", data)["metrics"]["accuracy"] == 1.0
 
 
 @pytest.mark.slow
