@@ -19,7 +19,7 @@ from flax import nnx
 
 from cpmm_jax.curriculum import Curriculum, FlowCurriculum, InterpolantCurriculum, NoCurriculum
 from cpmm_jax.data.dataset import Dataset, split
-from cpmm_jax.data.pixels import AffinePixels, dequantise
+from cpmm_jax.data.pixels import AffinePixels
 from cpmm_jax.data.standardise import Standardizer
 from cpmm_jax.dynamics.flow import CNF
 from cpmm_jax.mixture.em import polish
@@ -215,8 +215,7 @@ def _standardized(
     def carried(x: np.ndarray | None, stream: int) -> np.ndarray | None:
         if x is None or pixels is None:
             return None if x is None else standardizer.transform(x)
-        noisy = dequantise(np.random.default_rng([seed, stream]), x)
-        return np.asarray(pixels.forward(noisy), np.float32)
+        return pixels.carry(np.random.default_rng([seed, stream]), x)
 
     x_train = carried(data.x_train, 0)
     assert x_train is not None

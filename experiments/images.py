@@ -103,7 +103,9 @@ class Images:
 
     def standardized(self, x: np.ndarray, seed: int) -> np.ndarray:
         """Return examples in standardised units, float32."""
-        return np.asarray(self.standardizer.transform(self.noisy(x, seed)), np.float32)
+        if self.recorded:
+            return self.pixels.carry(np.random.default_rng(seed), x)
+        return np.asarray(self.standardizer.transform(x), np.float32)
 
 
 def image_set(name: str, seed: int, *, data_dir: Path | None = None) -> Images:

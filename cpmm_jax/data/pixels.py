@@ -25,6 +25,7 @@ from cpmm_jax.errors import ConfigError, DataError
 
 _LEVELS = 256
 _TICKS = 2**15
+_BLOCK = 4096  # images that are carried at a time
 _Array = Any  # NumPy's or JAX's: what is computed is one definition for both
 
 
@@ -137,6 +138,24 @@ class Pixels(ABC):
     def log_det(self, pixels: _Array) -> _Array:
         """Return log |det J| of `forward` per example; (..., D) -> (...,)."""
         return self.log_slope(pixels).sum(axis=-1)
+
+    def carry(
+        self, rng: np.random.Generator, x: npt.NDArray[Any], dtype: npt.DTypeLike = np.float32
+    ) -> npt.NDArray[Any]:
+        """Map recorded pixels to model space, with noise drawn once; block by block in float64.
+
+        Args:
+            rng: of the noise.
+            x: whole numbers 0..255, shape (N, D).
+            dtype: of the result.
+
+        Raises:
+            DataError: see `check_pixels`.
+        """
+        found = np.empty(x.shape, dtype)
+        for first in range(0, len(x), _BLOCK):
+            found[first : first + _BLOCK] = self.forward(dequantise(rng, x[first : first + _BLOCK]))
+        return found
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,15 @@ class Standardizer:
             DataError: see `check_examples`; or pixels that are all the same.
         """
         x = check_examples(x)
-        shift, scale = _moments(x.astype(np.float64).ravel(), "all pixels", None)
+        shift = float(x.mean(dtype=np.float64))
+        rows = max(1, _CHUNK // x.shape[1])  # of which a copy in float64 is made
+        blocks = (x[i : i + rows].astype(np.float64) - shift for i in range(0, len(x), rows))
+        scale = float(np.sqrt(sum(np.sum(block**2) for block in blocks) / x.size))
+        if not scale > 0:
+            raise DataError(
+                f"`x` must have pixels that vary; got {shift:g} in all of {len(x)} images; "
+                "give other images."
+            )
         ones = np.ones(x.shape[1])
         if recorded:  # with the mean and the variance of the uniform noise
             shift, scale = shift + 0.5, float(np.sqrt(scale**2 + 1 / 12))

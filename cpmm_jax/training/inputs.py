@@ -13,14 +13,12 @@ from flax import nnx
 
 from cpmm_jax.data.checks import check_enough_rows, check_examples, check_labels
 from cpmm_jax.data.dataset import Dataset, split
-from cpmm_jax.data.pixels import Pixels, check_pixels, dequantise
+from cpmm_jax.data.pixels import Pixels, check_pixels
 from cpmm_jax.errors import ConfigError, DataError
 from cpmm_jax.mixture.checks import check_weight
 from cpmm_jax.mixture.padding import pad_rows, padded_size
 from cpmm_jax.training.config import TrainConfig
 from cpmm_jax.training.step import Examples
-
-BLOCK = 4096  # images dequantised at a time, in float64
 
 
 class Parts(NamedTuple):
@@ -135,12 +133,7 @@ def _dequantised(data: Dataset, pixels: Pixels, dtype: Any, seed: int, *, once: 
     """Return recorded pixels as bytes, or as examples of the model where they are to be so."""
 
     def carried(x: npt.NDArray[Any], stream: int) -> npt.NDArray[Any]:
-        rng = np.random.default_rng([seed, stream])
-        blocks = [
-            pixels.forward(dequantise(rng, x[first : first + BLOCK])).astype(dtype)
-            for first in range(0, len(x), BLOCK)
-        ]
-        return np.concatenate(blocks)
+        return pixels.carry(np.random.default_rng([seed, stream]), x, dtype)
 
     train = check_pixels(data.x_train).astype(np.uint8)
     valid = data.x_valid

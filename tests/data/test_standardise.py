@@ -154,3 +154,8 @@ def test_images_have_one_shift_and_scale(recorded: bool, rng: np.random.Generato
     z = s.transform(seen)
     assert z.mean() == pytest.approx(0, abs=0.01) and z.std() == pytest.approx(1, abs=0.01)
     assert s.resolution.tolist() == [float(recorded)] * 6
+
+
+def test_images_of_one_grey_are_refused() -> None:
+    with pytest.raises(DataError, match="`x` must have pixels that vary; got 7 in all of 3 images"):
+        Standardizer.fit_images(np.full((3, 4), 7), recorded=True)
