@@ -9,6 +9,7 @@ STAMP := $(VENV)/.installed
 JOBS ?= 2
 PYTHON ?=
 CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python)
+TORTURE = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m ""
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
@@ -47,8 +48,12 @@ demo: $(STAMP) ## fit the digits, print the table, write the figures
 test: $(STAMP) ## run the tests and the doctests
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
-torture: $(STAMP) ## all tests, those that take long too, all programs fully optimised
-	CPMM_OPTIMISED_TESTS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m ""
+# Strict promotion of dtypes refuses only what would be promoted in silence, so that it goes together
+# with each precision: three passes stand for five.
+torture: $(STAMP) ## all tests, long ones too: fully optimised, in 64 bits, with NaN as an error
+	CPMM_OPTIMISED_TESTS=1 $(TORTURE)
+	JAX_ENABLE_X64=1 JAX_NUMPY_DTYPE_PROMOTION=strict $(TORTURE)
+	JAX_DEBUG_NANS=1 JAX_NUMPY_DTYPE_PROMOTION=strict $(TORTURE)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

@@ -167,6 +167,7 @@ class InterpolantCurriculum(Curriculum):
 
     def at(self, x: Float[Array, "N D"], v: Any, key: Array) -> Float[Array, "N D"]:
         """Return (1 - v) x + v e."""
+        v = jnp.asarray(v, x.dtype)
         return (1 - v) * x + v * jax.random.normal(key, x.shape, x.dtype)
 
 

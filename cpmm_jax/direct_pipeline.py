@@ -181,7 +181,8 @@ class _Path:
             lambda *leaves: jnp.stack(leaves), *(result.mixture for result in classes)
         )
         shares = _class_weights(data, self.num_classes)
-        mixture = HierarchicalMFA(jnp.log(jnp.asarray(shares, jnp.float32)), components)
+        log_shares = jnp.log(jnp.asarray(shares, components.means.dtype))
+        mixture = HierarchicalMFA(log_shares, components)
         if by_gradient:
             return self._train(mixture, data)
         if partly:

@@ -191,7 +191,7 @@ def build_model(
     local = fit_start(z, y, noise_floor, recipe, weight=weight, **quick)
     lead = (recipe.num_classes, recipe.num_trajectories)
     logits, means, loadings, log_noise = (
-        jnp.stack(leaves).reshape(*lead, *leaves[0].shape[1:])
+        jnp.stack(leaves).reshape(*lead, *leaves[0].shape[1:]).astype(jnp.float32)
         for leaves in zip(*map(jax.tree.leaves, local), strict=True)
     )
     model = make(initial_means=means, output_scale=SCALES.get(recipe.num_times, LONG_SCALE))

@@ -53,6 +53,14 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    # Where NaNs are errors (JAX_DEBUG_NANS), they are none in tests marked `nan`.
+    errors = jax.config.jax_debug_nans and item.get_closest_marker("nan") is None
+    with jax.debug_nans(errors):
+        return (yield)
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     """Return NumPy's generator at seed 0."""

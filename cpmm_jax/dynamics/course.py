@@ -164,9 +164,10 @@ def _move(s: Any, state: _State, course: _Course, *, trace: Trace | None) -> _St
 def _evaluations(solver: diffrax.AbstractSolver, num_steps: Int[Array, ""]) -> Int[Array, ""]:
     tableau = getattr(solver, "tableau", None)
     if tableau is None:
-        return num_steps + isinstance(solver, diffrax.ReversibleHeun)
+        return num_steps + int(isinstance(solver, diffrax.ReversibleHeun))
     # Where the last slope of a step is the first of the next, one comes before all steps.
-    return tableau.fsal + num_steps * (tableau.num_stages - tableau.fsal)
+    shared = int(tableau.fsal)
+    return shared + num_steps * (tableau.num_stages - shared)
 
 
 def _block_size(field: MLPField, rows: int, directions: int, chunk_size: int | None) -> int:

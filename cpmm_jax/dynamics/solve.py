@@ -143,6 +143,8 @@ def solve(
         A `Solution`. A failed solve is no exception here, since this may run under `jit`: it is
         told in `result`, and the states are then not to be used.
     """
+    # Times in the dtype of the state: steps computed from others would promote it, step by step.
+    times = jnp.asarray(times, jnp.result_type(*jax.tree.leaves(initial_state)))
     chosen = config.controller is not None or config.adjoint is not None
     if config.num_steps is not None and are_written_out(config.solver) and not chosen:
 

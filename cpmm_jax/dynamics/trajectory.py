@@ -30,7 +30,8 @@ class StratifiedTimes:
 
     def __call__(self, key: Array, num_times: int) -> Float[Array, " T"]:
         """Draw increasing pseudotimes, shape (T,)."""
-        return (jnp.arange(num_times) + jax.random.uniform(key, (num_times,))) / num_times
+        cells = jnp.arange(num_times, dtype=float)
+        return (cells + jax.random.uniform(key, (num_times,))) / num_times
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class GridTimes:
 
     def __call__(self, key: Array | None, num_times: int) -> Float[Array, " T"]:
         """Return the midpoints, shape (T,); `key` is not used."""
-        return (jnp.arange(num_times) + 0.5) / num_times
+        return (jnp.arange(num_times, dtype=float) + 0.5) / num_times
 
 
 @flax.struct.dataclass

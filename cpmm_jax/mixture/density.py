@@ -208,6 +208,15 @@ def map_blocks(function: Callable[[Any], Any], rows: Any, size: int) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 0, 2)[:total], stacked)
 
 
+def working_dtype(*arrays: Array) -> jnp.dtype:
+    """Return the widest dtype of the arrays, at least float32: what a density is computed in.
+
+    This promotion is meant, so it also holds where JAX is told to refuse implicit ones.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(jnp.float32, *(array.dtype for array in arrays))
+
+
 def reduce_log_prob(
     reduce: Callable[[Float[Array, "n K"]], Any],
     x: Float[Array, "N D"],
@@ -228,7 +237,7 @@ def reduce_log_prob(
     Returns:
         What `reduce` returns, with leading axis N.
     """
-    dtype = jnp.result_type(jnp.float32, x.dtype, *(leaf.dtype for leaf in components))
+    dtype = working_dtype(x, *components)
     components = Components(*(leaf.astype(dtype) for leaf in components))
     num_components, dim, rank = components.loadings.shape
     size = block_size(x.shape[0], num_components, dim, rank, chunk_size)

@@ -297,7 +297,8 @@ def _polished_classes(
     from below up to a constant, so that raising it raises the likelihood: a step of EM in which the
     classes are the hidden variables.
     """
-    shares: npt.NDArray[np.float64] = np.asarray(
+    # A copy: of an array that is float64 already NumPy would give a view, which is read-only.
+    shares: npt.NDArray[np.float64] = np.array(
         jax.nn.one_hot(labels, mixture.num_classes), np.float64
     )
     if labels.min() < 0:

@@ -130,7 +130,7 @@ def _exact_loop(
             statistics,
             loop.history.at[jnp.maximum(done, 0)].set(mean),
             done,
-            loop.reseeded + renewed,
+            loop.reseeded + renewed.astype(loop.reseeded.dtype),
             gain,
         )
         # EM never lowers the likelihood; rounding may, at the end, and is not followed.
@@ -233,7 +233,7 @@ def _epoch(
     def step(carry: tuple[MFA, Statistics], batch: tuple[Array, Array]) -> Any:
         mixture, statistics = carry
         i, rows = batch
-        rate = (epoch * batches + i + 1.0) ** -DECAY
+        rate = ((epoch * batches + i).astype(jnp.float64) + 1.0) ** -DECAY
         own = weight[rows]
         fresh = expect(mixture, x[rows], own, size)
         scale = jnp.sum(weight, dtype=jnp.float64) / jnp.sum(own, dtype=jnp.float64)

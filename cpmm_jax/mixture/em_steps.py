@@ -160,7 +160,7 @@ def expect(
         start = jnp.minimum(i * size, total - size)
         rows = jax.lax.dynamic_slice_in_dim(x, start, size)
         own = jax.lax.dynamic_slice_in_dim(weight, start, size)
-        fresh = start + jnp.arange(size) >= i * size
+        fresh = start + jnp.arange(size, dtype=i.dtype) >= i * size
         return _block_sums(rows, jnp.where(fresh, own, 0.0), components, factors, in_float64)
 
     def add(carry: _Sums, i: Array) -> tuple[_Sums, None]:
@@ -188,7 +188,7 @@ def _statistics(
     y = jnp.einsum("krd,kd->kr", factors.projection, residual)
     yx = sums.xy - y[:, :, None] * mean[:, None, :]  # sum of r y (x - mean)^T
     yy = jnp.einsum("krd,ksd->krs", yx, factors.projection)
-    scatter = sums.r[:, None, None] * jnp.eye(inverse.shape[-1])[None] + 0.5 * (
+    scatter = sums.r[:, None, None] * jnp.eye(inverse.shape[-1], dtype=inverse.dtype)[None] + 0.5 * (
         yy + jnp.swapaxes(yy, 1, 2)
     )
     return Statistics(
@@ -260,5 +260,7 @@ def _solve(gram: Float[Array, "R R"], right: Float[Array, "M R"]) -> Float[Array
     # Elimination, no LAPACK: see `linalg.cholesky_and_inverse`. The factor's scale guards it where
     # a component holds less than one example.
     size = jnp.finfo(gram.dtype).eps * jnp.trace(gram) + jnp.finfo(gram.dtype).tiny
-    _, inverse = linalg.cholesky_and_inverse(gram + size * jnp.eye(gram.shape[0]))
+    _, inverse = linalg.cholesky_and_inverse(
+        gram + size * jnp.eye(gram.shape[0], dtype=gram.dtype)
+    )
     return right @ inverse.T @ inverse

@@ -189,8 +189,8 @@ def _plus_plus(
     key: Array, x: Float[Array, "N D"], count: Int[Array, ""], num_clusters: int
 ) -> Float[Array, "K D"]:
     """Draw centres, each with probability proportional to the squared distance to the nearest."""
-    first = x[jax.random.randint(key, (), 0, count)]
-    real = jnp.arange(x.shape[0]) < count
+    first = x[jax.random.randint(key, (), 0, count, count.dtype)]
+    real = jnp.arange(x.shape[0], dtype=count.dtype) < count
     centres = jnp.broadcast_to(first, (num_clusters, x.shape[1]))
 
     def choose(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -210,7 +210,7 @@ def _lloyd(
     x: Float[Array, "N D"], count: Int[Array, ""], centres: Float[Array, "K D"]
 ) -> tuple[Float[Array, "K D"], Int[Array, " N"], Float[Array, ""]]:
     num_clusters = centres.shape[0]
-    real = (jnp.arange(x.shape[0]) < count).astype(x.dtype)
+    real = (jnp.arange(x.shape[0], dtype=count.dtype) < count).astype(x.dtype)
 
     def assign(centres: Array) -> tuple[Array, Array]:
         def block(rows: Array) -> tuple[Array, Array]:

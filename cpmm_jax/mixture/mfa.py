@@ -13,7 +13,13 @@ from jaxtyping import Array, Float, Int
 
 from cpmm_jax.errors import ConfigError, DataError
 from cpmm_jax.mixture import linalg
-from cpmm_jax.mixture.density import Components, block_size, map_blocks, reduce_log_prob
+from cpmm_jax.mixture.density import (
+    Components,
+    block_size,
+    map_blocks,
+    reduce_log_prob,
+    working_dtype,
+)
 
 
 @flax.struct.dataclass
@@ -248,8 +254,9 @@ class MFA:
             )
         broad = self.with_noise(noise)
         logits = log_softmax(self.logits)
+        kept, taken = float(np.log1p(-weight)), float(np.log(weight))
         return MFA(
-            jnp.concatenate([logits + np.log1p(-weight), logits + np.log(weight)], axis=-1),
+            jnp.concatenate([logits + kept, logits + taken], axis=-1),
             jnp.concatenate([self.means, self.means], axis=-2),
             jnp.concatenate([self.loadings, self.loadings], axis=-3),
             jnp.concatenate([self.log_noise, broad.log_noise], axis=-2),
@@ -263,7 +270,7 @@ def _align(value: Array, other: Array) -> Array:
 
 def log_softmax(logits: Float[Array, "... K"]) -> Float[Array, "... K"]:
     """Normalise log-weights, at least in float32."""
-    return jax.nn.log_softmax(logits.astype(jnp.result_type(jnp.float32, logits.dtype)), axis=-1)
+    return jax.nn.log_softmax(logits.astype(working_dtype(logits)), axis=-1)
 
 
 def weighted_components(mixture: MFA) -> Components:

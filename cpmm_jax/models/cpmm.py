@@ -255,7 +255,7 @@ class CPMM(nnx.Module):
         """
         coarse = self.read(GridTimes()(None, reference_times)).mixture
         flat = coarse.flatten()
-        x = check_features(x, flat)
+        x = check_features(x, flat).astype(flat.means.dtype)
         lead = (self.num_classes, self.num_trajectories)
         trajectory_logits = self.trajectory_logits[...]
         uniform = flat.replace(logits=jnp.zeros_like(flat.logits))  # type: ignore[attr-defined]

@@ -159,8 +159,9 @@ class Schedule(NamedTuple):
 
     def __call__(self, updates: Int[Array, ""] | int) -> Float[Array, ""]:
         """Return the learning rate after so many updates."""
-        rise = (updates + 1) / (self.warmup + 1)  # from above zero: the first step does something
-        progress = (updates - self.begin) / jnp.maximum(self.steps - self.begin, 1)
+        done = jnp.asarray(updates, self.peak.dtype)
+        rise = (done + 1) / (self.warmup + 1)  # from above zero: the first step does something
+        progress = (done - self.begin) / jnp.maximum(self.steps - self.begin, 1)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
         return self.peak * jnp.minimum(rise, self.final + (1 - self.final) * cosine)
 

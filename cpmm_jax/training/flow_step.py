@@ -96,7 +96,7 @@ def draw_batches(
     plan: Plan, x: Array, settings: FlowSettings, first: Int[Array, ""]
 ) -> tuple[Float[Array, "M B D"], Any]:
     """Return what `draw_batch` does for `ASSIGNED_STEPS` steps from `first` on."""
-    steps = first + jnp.arange(ASSIGNED_STEPS)
+    steps = first + jnp.arange(ASSIGNED_STEPS, dtype=first.dtype)
     return jax.lax.map(lambda step: draw_batch(plan, x, settings, step), steps)
 
 

@@ -83,7 +83,8 @@ def negative_log_likelihood(
         joint = reading.mixture.class_log_prob(x)
         known = jnp.take_along_axis(joint, jnp.maximum(y, 0)[:, None], axis=1)[:, 0]
         total = jax.nn.logsumexp(joint, axis=1)
-        log_prob = jnp.where(y < 0, total, known) - discriminative * total
+        share = jnp.asarray(discriminative, total.dtype)
+        log_prob = jnp.where(y < 0, total, known) - share * total
     if weight is not None:
         log_prob = weight * log_prob
     return -jnp.mean(log_prob), Diagnostics(reading.num_steps, reading.result)

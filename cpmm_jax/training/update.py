@@ -44,9 +44,11 @@ def advance(
     """
     grad_norm = optax.tree.norm(grads)
     extended = optax.with_extra_args_support(optimizer)
-    updates, opt_state = extended.update(grads, state.opt_state, state.params, value=loss)
+    # Optimisers raise decays to the power of their counters: a promotion that JAX may refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = extended.update(grads, state.opt_state, state.params, value=loss)
     if schedule is not None:
-        rate = schedule(state.step - state.refused.sum())
+        rate = schedule(state.step - state.refused.sum(dtype=state.step.dtype))
         updates = jax.tree.map(lambda update: -rate.astype(update.dtype) * update, updates)
     params = optax.apply_updates(state.params, updates)
 
@@ -54,6 +56,7 @@ def advance(
     checks = jnp.stack([solve.ok, jnp.isfinite(loss), jnp.isfinite(grad_norm), finite])
     accepted = checks.all()
     cause = jnp.argmin(checks)  # the first check that fails
+    told = ~accepted & (jnp.arange(len(CAUSES)) == cause)
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(accepted, new, old),
         (params, opt_state),
@@ -63,7 +66,7 @@ def advance(
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
-        refused=state.refused + (~accepted & (jnp.arange(len(CAUSES)) == cause)),
+        refused=state.refused + told.astype(state.refused.dtype),
         refused_in_a_row=jnp.where(accepted, 0, state.refused_in_a_row + 1),
         last_failure=jnp.where(solve.ok, state.last_failure, solve.result),
     )

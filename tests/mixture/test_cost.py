@@ -14,7 +14,7 @@ def test_gradient_runs_at_float32_matmul_precision(rng, make_mixture, walk):
     # Left to themselves GPUs multiply in TF32; an outer `default_matmul_precision` does not reach
     # a derivative rule that is traced later.
     mixture = make_mixture(rng, 3, dim=5, rank=2)
-    x = jnp.zeros((4, 5))
+    x = jnp.zeros((4, 5), jnp.float32)
 
     def everything(mixture, x):
         other = mixture.condition([0, 2], x[0, :2])
@@ -38,7 +38,7 @@ def test_gradient_runs_at_float32_matmul_precision(rng, make_mixture, walk):
 def test_nothing_of_size_n_k_d_is_formed(method, make_mixture, walk, rng):
     num_examples, num_components, dim = 512, 64, 128
     mixture = make_mixture(rng, num_components, dim=dim, rank=4)
-    x = jnp.zeros((num_examples, dim))
+    x = jnp.zeros((num_examples, dim), jnp.float32)
 
     def value(mixture, x):
         return jnp.sum(getattr(mixture, method)(x) ** 2)

@@ -199,7 +199,7 @@ def test_polish_never_lowers_the_likelihood() -> None:
     assert np.mean(polish(flat, X).log_prob(X)) >= np.mean(flat.log_prob(X))
     y = (X[:, 0] > 3).astype(int)
     classes = HierarchicalMFA(
-        jnp.zeros(2), jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), flat)
+        jnp.zeros(2, jnp.float32), jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), flat)
     )
     joint = lambda h: np.take_along_axis(np.asarray(h.class_log_prob(X)), y[:, None], 1).mean()  # noqa: E731
     assert joint(polish(classes, X, y)) > joint(classes) + 0.1
@@ -267,7 +267,7 @@ def test_a_component_without_examples_keeps_a_finite_weight() -> None:
             jnp.zeros((2, 2, 0)),
             jnp.zeros((2, 2)),
         )
-        statistics = expect(far, jnp.asarray(X[:, :2]), jnp.ones(len(X)), 64)
+        statistics = expect(far, jnp.asarray(X[:, :2]), jnp.ones(len(X), X.dtype), 64)
         assert statistics.count[1] == 0.0
         step = jax.jit(maximise, static_argnums=3)
         logits = step(statistics, far, jnp.full(2, 1e-3), Constraints()).logits

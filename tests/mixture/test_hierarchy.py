@@ -81,7 +81,7 @@ def test_class_mixture_is_the_density_given_the_class(mixture, x, joint, index):
 
 def test_one_class_of_one_trajectory_is_the_plain_mixture(rng, x, make_mixture):
     plain = make_mixture(rng, K, dim=D, rank=1)
-    nested = HierarchicalMFA(jnp.zeros(1), jax.tree.map(lambda leaf: leaf[None], plain))
+    nested = HierarchicalMFA(jnp.zeros(1, jnp.float32), jax.tree.map(lambda leaf: leaf[None], plain))
     np.testing.assert_allclose(nested.log_prob(x), plain.log_prob(x), rtol=1e-6)
     np.testing.assert_allclose(nested.class_log_prob(x)[:, 0], plain.log_prob(x), rtol=1e-6)
 
@@ -108,7 +108,7 @@ def test_joint_is_accurate_in_classes_that_are_not_the_likeliest(dense):
         [means[k] + np.exp(log_noise[k] / 2) * rng.normal(size=(10, 2)) for k in range(6)]
     ).astype(np.float32)
     components = jax.tree.map(lambda leaf: leaf.reshape(3, 2, *leaf.shape[1:]), flat)
-    got = HierarchicalMFA(jnp.zeros(3), components).class_log_prob(x, chunk_size=1)
+    got = HierarchicalMFA(jnp.zeros(3, jnp.float32), components).class_log_prob(x, chunk_size=1)
     expected = dense.component_log_prob(flat, x).reshape(-1, 3, 2)
     assert dense.relative_error(got, scipy.special.logsumexp(expected, axis=-1)) <= 1e-5
 

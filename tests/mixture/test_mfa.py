@@ -184,7 +184,8 @@ def test_affine_is_the_change_of_variables(rng, dim, rank, make_mixture, dense):
     expected = dense.log_prob(mixture, x) - np.log(np.abs(scale)).sum()
     got = moved.log_prob((x * scale + shift).astype(np.float32))
     assert dense.relative_error(got, expected) <= 1e-5
-    np.testing.assert_allclose(moved.mean(), mixture.mean() * scale + shift, rtol=1e-5, atol=1e-5)
+    mean = np.asarray(mixture.mean()) * scale + shift
+    np.testing.assert_allclose(moved.mean(), mean, rtol=1e-5, atol=1e-5)
     covariance = np.asarray(mixture.covariance()) * np.outer(scale, scale)
     np.testing.assert_allclose(moved.covariance(), covariance, rtol=1e-4, atol=1e-5)
 
@@ -210,7 +211,8 @@ def test_tails_are_a_mixture_of_each_component_and_its_broad_twin(rng, make_mixt
     assert dense.relative_error(both.log_prob(x), expected) <= 1e-5
     np.testing.assert_allclose(both.mean(), mixture.mean(), rtol=1e-5, atol=1e-6)
     added = 0.2 * np.diag(np.broadcast_to(noise, 3))
-    np.testing.assert_allclose(both.covariance(), mixture.covariance() + added, rtol=1e-4)
+    covariance = np.asarray(mixture.covariance()) + added
+    np.testing.assert_allclose(both.covariance(), covariance, rtol=1e-4)
 
 
 def parts(**shapes):

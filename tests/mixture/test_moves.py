@@ -62,12 +62,12 @@ def test_what_splitting_gains_is_what_two_groups_are_worth() -> None:
     x[:300, 0] += 20.0
     x[300:400, 1] += 3.0
     mixture = MFA(
-        jnp.zeros(2),
+        jnp.zeros(2, jnp.float32),
         jnp.asarray([x[:300].mean(0), x[300:].mean(0)], jnp.float32),
-        jnp.zeros((2, 2, 0)),
+        jnp.zeros((2, 2, 0), jnp.float32),
         jnp.log(jnp.asarray([x[:300].var(0), x[300:].var(0)], jnp.float32)),
     )
-    found = prospects(mixture, jnp.asarray(x, jnp.float32), jnp.ones(600))
+    found = prospects(mixture, jnp.asarray(x, jnp.float32), jnp.ones(600, jnp.float32))
     expected = 150 * np.log(x[300:, 1].var() / 0.1**2) + 100 * np.log(1 / 3) + 200 * np.log(2 / 3)
     assert found.gain[0] < 0 < found.gain[1]
     assert float(found.gain[1]) == pytest.approx(expected, rel=0.05)

@@ -42,7 +42,7 @@ class FreeMixture(nnx.Module):
         self.rank = 1
         self.means = nnx.Param(means)
         self.log_noise = nnx.Param(jnp.full(means.shape, log_noise, jnp.float32))
-        self.class_logits = nnx.Param(jnp.zeros(self.num_classes))
+        self.class_logits = nnx.Param(jnp.zeros(self.num_classes, jnp.float32))
         self.cusp = nnx.Param(jnp.float32(cusp))
         self.floor = nnx.Variable(jnp.full((self.dim,), floor, jnp.float32))
         # As arrays, so that all of these models are trained by one compiled program.
@@ -55,9 +55,9 @@ class FreeMixture(nnx.Module):
         count = times.shape[0]
         means = jnp.repeat(self.means[...], count, axis=1)
         components = MFA(
-            logits=jnp.zeros(means.shape[:2]),
+            logits=jnp.zeros(means.shape[:2], means.dtype),
             means=means,
-            loadings=jnp.zeros((*means.shape, 1)),
+            loadings=jnp.zeros((*means.shape, 1), means.dtype),
             log_noise=jnp.repeat(noise, count, axis=1),
         )
         ok = self.means[...].ravel()[0] <= self.fails_above[...]
@@ -67,7 +67,7 @@ class FreeMixture(nnx.Module):
                 self.class_logits[...].at[0].add(1e-3 * jnp.sqrt(self.cusp[...])), components
             ),
             num_steps=jnp.int32(7),
-            result=jnp.where(ok, SUCCESS, NOT_FINITE),
+            result=jnp.where(ok, jnp.int32(SUCCESS), NOT_FINITE),
         )
 
 

@@ -26,7 +26,7 @@ QUICK = cpmm.TrainConfig(steps=60, batch_size=64, report_every=30, num_times=1, 
 def classes() -> HierarchicalMFA:
     """Two classes near the groups."""
     parts = [fit_em(X[c == GROUPS] + 0.5, 2, 1, max_iter=3).mixture for c in range(2)]
-    return HierarchicalMFA(jnp.zeros(2), jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
+    return HierarchicalMFA(jnp.zeros(2, jnp.float32), jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
 
 
 def loss(*batch: Any) -> float:
@@ -37,7 +37,7 @@ def loss(*batch: Any) -> float:
 def test_a_weight_of_two_is_a_row_given_twice() -> None:
     weight = np.arange(400) % 3
     twice = np.repeat(np.arange(400), weight)
-    weighted = loss(X, GROUPS, jnp.asarray(weight / weight.mean()))
+    weighted = loss(X, GROUPS, jnp.asarray(weight / weight.mean(), jnp.float32))
     assert weighted == pytest.approx(loss(X[twice], GROUPS[twice]), rel=1e-5)
 
 
