@@ -111,6 +111,7 @@ def training_step(
         dtype = jnp.result_type(*jax.tree.leaves(state.params))
         dequantised = dequantise(pixel_key, batch.x.astype(dtype))
         batch = batch._replace(x=plan.pixels.forward(dequantised))
+    times = times.astype(batch.x.dtype)  # of the model
     if plan.curriculum is not None:
         noise_key = jax.random.fold_in(noise_key, state.step)
         batch = batch._replace(x=plan.curriculum.at(batch.x, settings.position, noise_key))
@@ -156,6 +157,6 @@ def validation_score(
         Mean of log p(x, y), of log p(x) where y is unknown, in nats; NaN if the solve failed.
     """
     model = nnx.merge(graphdef, params, fixed)
-    times = GridTimes()(jax.random.key(0), num_times)
+    times = GridTimes()(None, num_times).astype(valid.x.dtype)
     loss, solve = negative_log_likelihood(model, times, *valid, discriminative=discriminative)
     return jnp.where(solve.ok, -loss, jnp.nan)

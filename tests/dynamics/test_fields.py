@@ -23,7 +23,8 @@ call = jax.jit(lambda field, t, state: field(t, state))
 
 
 def test_answers_in_the_shape_of_the_state() -> None:
-    state = {"means": jnp.ones(2), "loadings": jnp.zeros((1, 2)), "logits": jnp.float32(0.5)}
+    shapes = {"means": (2,), "loadings": (1, 2), "logits": ()}
+    state = {name: jnp.full(shape, 0.5, jnp.float32) for name, shape in shapes.items()}
     slope = call(field(), 0.3, state)
     assert jax.tree.structure(slope) == jax.tree.structure(state)
     assert jax.tree.map(jnp.shape, slope) == jax.tree.map(jnp.shape, state)
@@ -66,7 +67,7 @@ def test_untrained_output_has_the_promised_size(activation: str, size: int) -> N
     @jax.jit
     def output(key: Array) -> Array:
         made = MLPField(size, widths=(64, 64), activation=activation, rngs=nnx.Rngs(key))
-        state = jax.random.normal(key, (20, size))
+        state = jax.random.normal(key, (20, size), jnp.float32)
         return jax.vmap(made, in_axes=(None, 0))(0.5, state)
 
     sizes = [np.abs(output(jax.random.key(seed))) for seed in range(10)]
@@ -82,7 +83,7 @@ def test_output_scale() -> None:
 
 def test_zero_output_can_learn() -> None:
     resting = field(output_scale=0.0)
-    gradient = jax.jit(jax.grad(lambda f: jnp.sum(f(0.5, jnp.ones(5)))))(resting)
+    gradient = jax.jit(jax.grad(lambda f: jnp.sum(f(0.5, jnp.ones(5, jnp.float32)))))(resting)
     assert np.any(gradient.output.kernel[...])
 
 

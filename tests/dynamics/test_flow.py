@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from cpmm_jax.dynamics.trace import ExactTrace, HutchinsonTrace, evaluate
 from cpmm_jax.errors import ConfigError, DataError, SolverError
 
 TIGHT = SolverConfig(solver=diffrax.ReversibleHeun(), num_steps=256)
-X = jax.random.normal(jax.random.key(1), (6, 2))
+X = jax.random.normal(jax.random.key(1), (6, 2), jnp.float32)
 POSITIONS = jnp.array([0.0, 0.35, 0.8])
 
 
@@ -95,7 +96,7 @@ def test_density_integrates_to_one_in_blocks(flow: CNF, v: float) -> None:
 
 def test_samples_are_latent_points_carried_back(flow: CNF) -> None:
     sample = flow.sample(jax.random.key(3), 6)
-    latent = jax.random.normal(jax.random.key(3), (6, 2))
+    latent = jax.random.normal(jax.random.key(3), (6, 2), jnp.float32)
     np.testing.assert_allclose(flow.transform(sample, 1.0), latent, atol=2e-5)
 
 
@@ -171,7 +172,7 @@ def test_estimated_log_prob_is_unbiased(flow: CNF) -> None:
     estimates = flow.log_prob(copies, trace=HutchinsonTrace(), key=jax.random.key(0))
     estimates = estimates.reshape(500, len(X))
     error = jnp.abs(estimates.mean(axis=0) - flow.log_prob(X))
-    assert bool(jnp.all(error < 4 * estimates.std(axis=0) / np.sqrt(500) + 1e-5))
+    assert bool(jnp.all(error < 4 * estimates.std(axis=0) / math.sqrt(500) + 1e-5))
     other = flow.log_prob(copies, trace=HutchinsonTrace(), key=jax.random.key(1))
     assert bool(jnp.any(other.reshape(500, len(X)) != estimates))
 
@@ -192,7 +193,7 @@ def test_an_untrained_flow_is_the_identity() -> None:
 
 def test_failed_solves_are_told() -> None:
     broken = build()
-    broken.field.output.bias[...] = jnp.array([0.0, jnp.inf])
+    broken.field.output.bias[...] = jnp.array([0.0, jnp.inf], jnp.float32)
     with pytest.raises(SolverError, match="infinite or NaN"):
         broken.log_prob(X)
     assert bool(jnp.all(jnp.isnan(jax.jit(lambda flow: flow.transform(X, 1.0))(broken))))

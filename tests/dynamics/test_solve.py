@@ -268,7 +268,7 @@ def test_a_failed_solve_is_a_code_then_an_error(
     config: SolverConfig, rate: float, code: int, words: tuple[str, ...]
 ) -> None:
     def run(rate: Array) -> Solution:
-        return solve(grow, jnp.ones(2), jnp.array([0.5, 1.0]), config, args=rate)
+        return solve(grow, jnp.ones(2, jnp.float32), jnp.array([0.5, 1.0]), config, args=rate)
 
     solution = jax.jit(run)(jnp.float32(rate))  # no exception inside a compiled function
     assert int(solution.result) == code

@@ -27,7 +27,7 @@ from cpmm_jax.mixture.mfa import MFA
 
 SAMPLERS = [StratifiedTimes(), UniformTimes(), GridTimes()]
 CLASSES, TRAJECTORIES, DIM, RANK, AUGMENTED = 2, 3, 2, 1, 4
-TIMES = jnp.array([0.1, 0.35, 0.8, 1.0])
+TIMES = jnp.array([0.1, 0.35, 0.8, 1.0], jnp.float32)
 FIXED = SolverConfig(solver=diffrax.Heun(), num_steps=8)
 solved = jax.jit(integrate, static_argnames=("config", "field_per_class"))
 
@@ -38,7 +38,7 @@ def test_times_are_sorted_in_the_unit_interval(sampler: Any, num_times: int) -> 
     for seed in range(5):
         times = sampler(jax.random.key(seed), num_times)
         assert times.shape == (num_times,)
-        assert times.dtype == jnp.float32
+        assert times.dtype == jnp.result_type(float)
         assert bool(jnp.all((times >= 0) & (times <= 1)))
         assert bool(jnp.all(jnp.diff(times) >= 0))
 
@@ -88,12 +88,13 @@ def initial(seed: int = 0, *, weights: bool = False) -> TrajectoryState:
     keys = jax.random.split(jax.random.key(seed), 4)
     lead = (CLASSES, TRAJECTORIES)
     component = MFA(
-        jnp.zeros(lead) if weights else None,  # type: ignore[arg-type]
-        jax.random.normal(keys[0], (*lead, DIM)),
-        jax.random.normal(keys[1], (*lead, DIM, RANK)),
-        jax.random.normal(keys[2], (*lead, DIM)),
+        jnp.zeros(lead, jnp.float32) if weights else None,  # type: ignore[arg-type]
+        jax.random.normal(keys[0], (*lead, DIM), jnp.float32),
+        jax.random.normal(keys[1], (*lead, DIM, RANK), jnp.float32),
+        jax.random.normal(keys[2], (*lead, DIM), jnp.float32),
     )
-    return TrajectoryState(component, jax.random.normal(keys[3], (*lead, AUGMENTED)))
+    augmented = jax.random.normal(keys[3], (*lead, AUGMENTED), jnp.float32)
+    return TrajectoryState(component, augmented)
 
 
 def network(seed: int = 0, *, weights: bool = False) -> MLPField:
@@ -102,7 +103,8 @@ def network(seed: int = 0, *, weights: bool = False) -> MLPField:
 
 
 def test_a_linear_field_is_solved_exactly() -> None:
-    matrix = jax.random.normal(jax.random.key(1), (DIM + AUGMENTED, DIM + AUGMENTED)) / 2
+    shape = (DIM + AUGMENTED, DIM + AUGMENTED)
+    matrix = jax.random.normal(jax.random.key(1), shape, jnp.float32) / 2
     start = initial()
     config = SolverConfig(solver=diffrax.Tsit5(), num_steps=64)
     solution = solved(Rotation(matrix), start, TIMES, config)
@@ -116,7 +118,7 @@ def test_a_linear_field_is_solved_exactly() -> None:
 
 def test_components_are_trajectory_by_trajectory_in_order_of_time() -> None:
     start = initial(weights=True)
-    solution = solved(Rotation(jnp.eye(DIM + AUGMENTED)), start, TIMES, FIXED)
+    solution = solved(Rotation(jnp.eye(DIM + AUGMENTED, dtype=jnp.float32)), start, TIMES, FIXED)
     states = solution.states
     lead = (CLASSES, TRAJECTORIES * len(TIMES))
     assert states.logits.shape == lead

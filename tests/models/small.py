@@ -29,8 +29,9 @@ def small(seed: int = 0, **settings: Any) -> CPMM:
 def uneven(model: CPMM) -> CPMM:
     """Give the classes and trajectories weights of their own."""
     lead = model.trajectory_logits[...].shape
-    model.trajectory_logits[...] = jnp.cos(jnp.arange(np.prod(lead))).reshape(lead)
-    model.class_logits[...] = jnp.linspace(-0.5, 0.5, lead[0])
+    count = jnp.arange(np.prod(lead), dtype=jnp.float32)
+    model.trajectory_logits[...] = jnp.cos(count).reshape(lead)
+    model.class_logits[...] = jnp.linspace(-0.5, 0.5, lead[0], dtype=jnp.float32)
     return model
 
 
@@ -42,7 +43,7 @@ def wild() -> CPMM:
 
 
 def examples(n: int, dim: int = 2, seed: int = 7) -> Array:
-    return jax.random.normal(jax.random.key(seed), (n, dim))
+    return jax.random.normal(jax.random.key(seed), (n, dim), jnp.float32)
 
 
 def leaves(tree: Any) -> list[Array]:

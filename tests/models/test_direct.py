@@ -36,7 +36,7 @@ def test_starts_at_a_mixture() -> None:
     model = DirectMFA.from_mixture(flat, noise_floor=1e-3)
     np.testing.assert_allclose(model.extract().log_prob(X), flat.log_prob(X), rtol=1e-4)
     classes = HierarchicalMFA(
-        jnp.array([0.0, 1.0]), jax.tree.map(lambda v: jnp.stack([v, v]), flat)
+        jnp.array([0.0, 1.0], jnp.float32), jax.tree.map(lambda v: jnp.stack([v, v]), flat)
     )
     np.testing.assert_allclose(
         DirectMFA.from_mixture(classes, noise_floor=1e-3).extract(9).class_log_prob(X),

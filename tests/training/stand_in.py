@@ -61,7 +61,7 @@ class FreeMixture(nnx.Module):
             log_noise=jnp.repeat(noise, count, axis=1),
         )
         ok = self.means[...].ravel()[0] <= self.fails_above[...]
-        ok &= times[-1] >= self.fails_before[...]
+        ok &= jnp.asarray(times[-1], jnp.float32) >= self.fails_before[...]
         return Reading(
             HierarchicalMFA(
                 self.class_logits[...].at[0].add(1e-3 * jnp.sqrt(self.cusp[...])), components

@@ -131,7 +131,7 @@ def test_penalties_are_the_energies() -> None:
 
 def test_matching_loss_by_hand() -> None:
     flow, x = build(), jnp.asarray(X[:4])
-    e, v = jnp.ones((4, 2)), jnp.array([0.0, 0.2, 0.5, 1.0])
+    e, v = jnp.ones((4, 2), x.dtype), jnp.array([0.0, 0.2, 0.5, 1.0], x.dtype)
     loss, _ = FlowMatching().loss(flow, x, Ends(e, v))  # an untrained flow stands still
     assert float(loss) == pytest.approx(float(np.mean((1.0 - np.asarray(x)) ** 2)), rel=1e-6)
 

@@ -200,13 +200,13 @@ def test_killed_at_any_moment_a_training_ends_in_the_same_bits(
 
 
 def test_arrays_of_every_kind_come_back() -> None:
-    tree = {"key": jax.random.key(3), "value": jnp.ones(2), "none": jnp.zeros((2, 0))}
+    tree = {"key": jax.random.key(3), "value": jnp.ones(2, jnp.float32), "none": jnp.zeros((2, 0))}
     arrays = flat(nested({k: np.asarray(v) for k, v in named_leaves("top", tree).items()}))
     assert set(arrays) == {"top/key", "top/value"}
     found = from_named("top", tree, arrays)
     assert found["key"] == tree["key"] and found["none"].shape == (2, 0)
     np.testing.assert_array_equal(found["value"], tree["value"])
     with pytest.raises(RunError, match=r"hold 'top/value' as float32\[3\]; got float32\[2\]"):
-        from_named("top", tree | {"value": jnp.ones(3)}, arrays)
+        from_named("top", tree | {"value": jnp.ones(3, jnp.float32)}, arrays)
     with pytest.raises(RunError, match="got none"):
         from_named("other", tree, arrays)
