@@ -47,7 +47,7 @@ class MLPField(nnx.Module):
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> field = MLPField(3, widths=(8,), rngs=nnx.Rngs(0))
-        >>> field(0.5, {"a": jnp.zeros(2), "b": jnp.ones(())})["a"].shape
+        >>> field(0.5, {"a": jnp.float32([0.0, 0.0]), "b": jnp.float32(1.0)})["a"].shape
         (2,)
 
     Source: CPMM paper, sections 2.2 and 3.1.

@@ -175,9 +175,9 @@ def ending(state: TrainState, config: TrainConfig, stale: int) -> Ending | None:
 
 def means(totals: BlockTotals) -> dict[str, float | None]:
     """Return the means over the accepted steps of a block, None where there was none."""
-    accepted = int(totals.accepted) or math.nan
+    accepted = int(totals.accepted)
     sums = {name: getattr(totals, name) for name in ("loss", "grad_norm", "ode_steps")}
-    return {name: number(total / accepted) for name, total in sums.items()}
+    return {name: number(total / accepted) if accepted else None for name, total in sums.items()}
 
 
 def scheduled_rate(schedule: Schedule, state: TrainState) -> float:

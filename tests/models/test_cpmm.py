@@ -301,6 +301,7 @@ def test_extraction_of_no_times() -> None:
         small().extract(0)
 
 
+@pytest.mark.nan  # states of a failed solve
 def test_failed_solves_are_named() -> None:
     with pytest.raises(SolverError, match="used up `max_steps`"):
         small(solver=EXHAUSTED).extract(3)

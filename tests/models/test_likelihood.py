@@ -106,6 +106,7 @@ def test_mixture_inside_the_solver_does_not_underflow(reference: Any) -> None:
     np.testing.assert_allclose(got[1], expected[1], atol=1e-3 * np.abs(expected[1]).max())
 
 
+@pytest.mark.nan  # the density of a failed solve
 @pytest.mark.slow
 def test_a_failed_solve_inside_is_named(reference: Any) -> None:
     model, x, *_ = reference

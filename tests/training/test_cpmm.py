@@ -41,6 +41,7 @@ def test_learns_and_gives_the_same_result_again() -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.nan  # states of a failed solve
 def test_a_field_that_blows_up_is_named() -> None:
     model = small()
     for leaf in jax.tree.leaves(model.field, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)):

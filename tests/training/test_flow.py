@@ -171,6 +171,7 @@ def test_training_stops_early_without_improvement() -> None:
     assert (result.stopped, result.steps, result.best_step) == ("early stopping", 20, 0)
 
 
+@pytest.mark.nan  # a loss that is refused
 def test_steps_that_are_not_finite_are_refused() -> None:
     with pytest.raises(TrainingError, match="4 refused steps in a row at step") as caught:
         fit(learning_rate=3e38, warmup_steps=0, max_refused=3)

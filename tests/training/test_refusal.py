@@ -36,6 +36,7 @@ def batches_with(row: int, steps: int) -> list[bool]:
     return (np.asarray(rows) == row).any(axis=1).tolist()
 
 
+@pytest.mark.nan  # in the examples
 def test_a_poisoned_batch_changes_no_bit() -> None:
     graphdef, params, fixed = nnx.split(start(), nnx.Param, ...)
     x = X[:540].astype(np.float32)
@@ -87,6 +88,7 @@ def test_an_outlier_that_overflows_is_passed_over() -> None:
     assert np.isfinite(result.history[-1]["loss"])
 
 
+@pytest.mark.nan  # what is refused
 @pytest.mark.parametrize(
     ("model", "optimizer", "cause", "remedy"),
     [
@@ -114,6 +116,7 @@ def test_too_many_in_a_row_end_the_fit(
     assert same(nnx.state(result.last_model), nnx.state(model))
 
 
+@pytest.mark.nan  # the score where a solve fails
 def test_the_best_model_survives_the_end() -> None:
     """The first mean travels from -4 towards -2; beyond -2.6 the solve fails for good."""
     model = start(fails_above=-2.6)
