@@ -188,9 +188,8 @@ def _statistics(
     y = jnp.einsum("krd,kd->kr", factors.projection, residual)
     yx = sums.xy - y[:, :, None] * mean[:, None, :]  # sum of r y (x - mean)^T
     yy = jnp.einsum("krd,ksd->krs", yx, factors.projection)
-    scatter = sums.r[:, None, None] * jnp.eye(inverse.shape[-1], dtype=inverse.dtype)[None] + 0.5 * (
-        yy + jnp.swapaxes(yy, 1, 2)
-    )
+    identity = jnp.eye(inverse.shape[-1], dtype=inverse.dtype)[None]
+    scatter = sums.r[:, None, None] * identity + 0.5 * (yy + jnp.swapaxes(yy, 1, 2))
     return Statistics(
         count=sums.r,
         x=sums.x,
@@ -260,7 +259,5 @@ def _solve(gram: Float[Array, "R R"], right: Float[Array, "M R"]) -> Float[Array
     # Elimination, no LAPACK: see `linalg.cholesky_and_inverse`. The factor's scale guards it where
     # a component holds less than one example.
     size = jnp.finfo(gram.dtype).eps * jnp.trace(gram) + jnp.finfo(gram.dtype).tiny
-    _, inverse = linalg.cholesky_and_inverse(
-        gram + size * jnp.eye(gram.shape[0], dtype=gram.dtype)
-    )
+    _, inverse = linalg.cholesky_and_inverse(gram + size * jnp.eye(gram.shape[0], dtype=gram.dtype))
     return right @ inverse.T @ inverse

@@ -81,7 +81,9 @@ def test_class_mixture_is_the_density_given_the_class(mixture, x, joint, index):
 
 def test_one_class_of_one_trajectory_is_the_plain_mixture(rng, x, make_mixture):
     plain = make_mixture(rng, K, dim=D, rank=1)
-    nested = HierarchicalMFA(jnp.zeros(1, jnp.float32), jax.tree.map(lambda leaf: leaf[None], plain))
+    nested = HierarchicalMFA(
+        jnp.zeros(1, jnp.float32), jax.tree.map(lambda leaf: leaf[None], plain)
+    )
     np.testing.assert_allclose(nested.log_prob(x), plain.log_prob(x), rtol=1e-6)
     np.testing.assert_allclose(nested.class_log_prob(x)[:, 0], plain.log_prob(x), rtol=1e-6)
 

@@ -26,7 +26,9 @@ QUICK = cpmm.TrainConfig(steps=60, batch_size=64, report_every=30, num_times=1, 
 def classes() -> HierarchicalMFA:
     """Two classes near the groups."""
     parts = [fit_em(X[c == GROUPS] + 0.5, 2, 1, max_iter=3).mixture for c in range(2)]
-    return HierarchicalMFA(jnp.zeros(2, jnp.float32), jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
+    return HierarchicalMFA(
+        jnp.zeros(2, jnp.float32), jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    )
 
 
 def loss(*batch: Any) -> float:
