@@ -36,7 +36,8 @@ class Prospects(NamedTuple):
 
     Attributes:
         loss: of the log-likelihood, when the component is taken away, shape (K,).
-        gain: when it is cut in two across its longest axis, by the examples on either side, (K,).
+        gain: when it is cut in two across its longest axis, by the examples on either side, (K,);
+            minus infinity for one without examples.
         axis: that axis, of length one, (K, D).
         share: of the component's examples on the upper side, (K,).
         halves: means of the lower and the upper side, (K, 2, D).
@@ -102,6 +103,7 @@ def _candidates(mixture: MFA, x: Array, weight: Array) -> list[MFA]:
     found = jax.tree.map(np.asarray, prospects(mixture, x, weight))
     taken = np.argsort(found.loss)[:CANDIDATES]
     split = np.argsort(-found.gain)[:CANDIDATES]
+    split = split[np.isfinite(found.gain[split])]  # of one without examples there is no half
     pairs = [(found.gain[k] - found.loss[i], i, k) for i in taken for k in split if i != k]
     return [_moved(mixture, found, i, k) for _, i, k in sorted(pairs, reverse=True)]
 
@@ -162,7 +164,8 @@ def prospects(mixture: MFA, x: Float[Array, "N D"], weight: Float[Array, " N"]) 
         return turned / jnp.maximum(jnp.linalg.norm(turned, axis=1, keepdims=True), tiny)
 
     spread = jnp.sqrt((r.T @ (x * x)) / count[:, None])
-    start = spread / jnp.linalg.norm(spread, axis=1, keepdims=True)
+    # A component without examples has no spread, and its axis would be 0 / 0.
+    start = spread / jnp.maximum(jnp.linalg.norm(spread, axis=1, keepdims=True), tiny)
     axis = jax.lax.fori_loop(0, POWER_ROUNDS, turn, start)
     position = along(axis)
     variance = jnp.maximum(jnp.sum(r * position**2, axis=0) / count, tiny)
@@ -181,6 +184,7 @@ def prospects(mixture: MFA, x: Float[Array, "N D"], weight: Float[Array, " N"]) 
     cuts = jax.lax.map(cut, jnp.asarray(CUTS, x.dtype))
     best, k = jnp.argmax(cuts[0], axis=0), jnp.arange(len(count))
     gain, share, halves, within = (leaf[best, k] for leaf in cuts)
+    gain = jnp.where(jnp.sum(r, axis=0) > 0, gain, -jnp.inf)
     return Prospects(loss, gain, axis, share, halves, within)
 
 

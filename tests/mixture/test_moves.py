@@ -12,7 +12,7 @@ from cpmm_jax.errors import ConfigError
 from cpmm_jax.mixture.em import fit_em
 from cpmm_jax.mixture.initialise import random_start
 from cpmm_jax.mixture.mfa import MFA
-from cpmm_jax.mixture.moves import prospects
+from cpmm_jax.mixture.moves import _candidates, prospects
 from tests.mixture.conftest import log_prob
 
 
@@ -74,6 +74,20 @@ def test_what_splitting_gains_is_what_two_groups_are_worth() -> None:
     assert abs(float(found.axis[1, 1])) == pytest.approx(1.0, abs=1e-3)
     assert float(found.share[1]) == pytest.approx(1 / 3, abs=1e-3)
     np.testing.assert_allclose(found.halves[1], [[0.0, 0.0], [0.0, 3.0]], atol=0.05)
+
+
+def test_a_component_without_examples_is_taken_and_never_split() -> None:
+    x = np.random.default_rng(0).normal(size=(300, 2)).astype(np.float32)
+    shapes = {"loadings": (2, 2, 0), "log_noise": (2, 2)}
+    rest = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+    means = jnp.asarray([[0.0, 0.0], [1e4, 0.0]], jnp.float32)
+    mixture = MFA(logits=jnp.zeros(2, jnp.float32), means=means, **rest)
+    weight = jnp.ones(300, jnp.float32)
+    found = prospects(mixture, jnp.asarray(x), weight)
+    assert found.gain[1] == -np.inf
+    assert all(np.isfinite(leaf).all() for leaf in found._replace(gain=found.gain[:1]))
+    [moved] = _candidates(mixture, jnp.asarray(x), weight)
+    assert np.abs(moved.means).max() < 2.0
 
 
 def test_moves_keep_the_noise_floor_and_the_weights_of_examples() -> None:
