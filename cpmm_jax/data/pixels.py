@@ -95,7 +95,8 @@ def dequantise(key: _Array, x: _Array) -> _Array:
 
         if not isinstance(x, jax.core.Tracer):
             check_pixels(x)
-        x = jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+        wide = jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.result_type(x).itemsize > 2
+        x = jnp.asarray(x, None if wide else jnp.float32)
         ticks = jax.random.bits(key, x.shape, "uint16") % _TICKS
     return x + (ticks.astype(x.dtype) + 0.5) / _TICKS
 

@@ -44,7 +44,7 @@ class ConvField(nnx.Module):
         activation: "sin" or "tanh".
         output_scale: scale of the untrained output; 0 for a field that starts at rest.
         compute_dtype: dtype in which the network computes, such as bfloat16 on an accelerator;
-            None for that of state and weights, which a slope has in any case.
+            None for that of the weights. A slope has that of the state.
         param_dtype: dtype of the weights.
         rngs: a flax `nnx.Rngs`, used here and not kept.
 
@@ -179,7 +179,7 @@ class ConvField(nnx.Module):
 
 
 def _convolved(layer: nnx.Conv, image: Float[Array, "H W I"]) -> Float[Array, "H W O"]:
-    dtype = layer.dtype or jnp.result_type(image, layer.kernel[...])
+    dtype = layer.dtype or layer.kernel.dtype
     assert layer.bias is not None
     kernel, bias = layer.kernel[...].astype(dtype), layer.bias[...].astype(dtype)
     return convolve(image.astype(dtype), kernel) + bias[None, None]
