@@ -148,8 +148,10 @@ np.savez({folder!r} + "/result.npz", *told, *models)
 """
 
 
-def saved(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/0*"))
+def saved(folder: Path) -> int:
+    """Return the steps that are saved, of flow and mixture together."""
+    names = ([p.name for p in folder.glob(f"{kind}/0*")] for kind in ("flow", "mixture"))
+    return sum(max((int(name) for name in found if name.isdigit()), default=0) for found in names)
 
 
 def run_to_the_end(folder: Path, kills: int, rng: np.random.Generator) -> int:
@@ -170,7 +172,7 @@ def run_to_the_end(folder: Path, kills: int, rng: np.random.Generator) -> int:
         if killed < kills:
             if rng.uniform() < 0.7:  # while it trains and saves; else while it starts, too
                 before = saved(folder)
-                while child.poll() is None and saved(folder) == before:
+                while child.poll() is None and saved(folder) <= before:
                     time.sleep(0.005)
             time.sleep(rng.uniform(0.0, 1.0))
             child.send_signal(signal.SIGKILL)
