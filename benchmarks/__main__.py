@@ -16,7 +16,7 @@ SHORT = (
     "scaling",
     "snapshots",
 )
-FULL = (*SHORT, "flow")
+FULL = (*SHORT, "flow", "images")
 
 if __name__ == "__main__":
     began, failed = time.perf_counter(), []

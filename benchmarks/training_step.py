@@ -196,7 +196,7 @@ class Training:
 @partial(jax.jit, static_argnums=0)
 def draw(plan: Plan, examples: Examples, settings: Settings, step: jax.Array) -> Any:
     """Draw pseudotimes, examples and labels as `cpmm_jax.training.step` does."""
-    batch_key, times_key, _ = settings.keys
+    batch_key, times_key, *_ = settings.keys
     rows = batch_indices(batch_key, step, plan.batch_size, settings.num_examples)
     times = plan.time_sampler(jax.random.fold_in(times_key, step), plan.num_times)
     return times, examples.x[rows], examples.y[rows]

@@ -64,7 +64,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "mnist": Size(5, 10, 6),
+    "mnist": Size(1, 50, 6),
     "cifar10_sub": Size(2, 5, 6),
     "coil20": Size(1, 10, 4),
     "frey_faces": Size(8, 5, 6),
