@@ -33,9 +33,9 @@ def evaluate(
 
     Returns:
         `log_likelihood`, the mean of log p(x) in nats per example, and of a mixture of dequantised
-        pixels `bits_per_dimension`, where `x` is dequantised too; with labels `accuracy` of the
-        most probable class and `joint_log_likelihood`, the mean of log p(x, y), if supervised, else
-        `nmi` (normalised mutual information) and `ari` (adjusted Rand index).
+        pixels `bits_per_dimension`, for which noise must have been added to `x`; with labels
+        `accuracy` of the most probable class and `joint_log_likelihood`, the mean of log p(x, y),
+        if supervised, else `nmi` (normalised mutual information) and `ari` (adjusted Rand index).
 
     Warns:
         DataWarning: scikit-learn, which computes `nmi` and `ari`, is not installed.

@@ -18,8 +18,8 @@ import numpy as np
 from flax import nnx
 
 from cpmm_jax.curriculum import Curriculum, FlowCurriculum, InterpolantCurriculum, NoCurriculum
-from cpmm_jax.data.dataset import Dataset, split
-from cpmm_jax.data.pixels import AffinePixels
+from cpmm_jax.data.dataset import Dataset, Part, split
+from cpmm_jax.data.pixels import AffinePixels, noise_of
 from cpmm_jax.data.standardise import Standardizer
 from cpmm_jax.dynamics.flow import CNF
 from cpmm_jax.mixture.em import polish
@@ -122,8 +122,9 @@ def fit_mixture(
         standardizer = Standardizer.fit(x_train, names=feature_names, weight=weight)
     else:
         standardizer = begin.standardizer
-        sizes = ("num_classes", "num_trajectories", "num_times", "train_times")
-        recipe = replace(recipe, **{size: getattr(begin.recipe, size) for size in sizes})
+        kept = ("num_classes", "num_trajectories", "num_times", "train_times")
+        kept += ("event_shape", "dequantise")  # type: ignore[assignment]
+        recipe = replace(recipe, **{name: getattr(begin.recipe, name) for name in kept})
         recipe = replace(recipe, divisions=(), refit=False)
     floor = np.maximum(standardizer.noise_floor(), recipe.least_noise)
     data = Dataset("x", x_train, y_train, weight_train=weight)
@@ -212,14 +213,15 @@ def _standardized(
 ) -> Dataset:
     """Return examples in standardised units; of recorded pixels with noise drawn once."""
 
-    def carried(x: np.ndarray | None, stream: int) -> np.ndarray | None:
+    def carried(part: Part) -> np.ndarray | None:
+        x = data.part(part)[0]
         if x is None or pixels is None:
             return None if x is None else standardizer.transform(x)
-        return pixels.carry(np.random.default_rng([seed, stream]), x)
+        return pixels.carry(noise_of(seed, part), x, name=f"x_{part}")
 
-    x_train = carried(data.x_train, 0)
+    x_train = carried("train")
     assert x_train is not None
-    return replace(data, name="z", x_train=x_train, x_valid=carried(data.x_valid, 1))
+    return replace(data, name="z", x_train=x_train, x_valid=carried("valid"))
 
 
 def _keep(checkpoints: Checkpoints | None, resume: bool, name: str) -> dict[str, Any]:

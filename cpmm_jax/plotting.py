@@ -198,18 +198,23 @@ def _tiles(images: npt.NDArray[Any], gap: int = 1) -> npt.NDArray[Any]:
 
 def _show_tiles(ax: Axes, sheet: npt.NDArray[Any], low: float, high: float) -> None:
     colours = _pyplot().get_cmap("gray_r").with_extremes(bad="white")
+    if sheet.ndim == 3 and sheet.shape[2] == 3:  # colours, which are shown as they are, in [0, 1]
+        sheet = np.nan_to_num(np.clip((sheet - low) / (high - low), 0.0, 1.0), nan=1.0)
     ax.imshow(sheet, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
     for side in ax.spines.values():
         side.set_visible(False)
     ax.set(xticks=[], yticks=[])
 
 
+def _is_image(shape: tuple[int, ...] | None) -> bool:
+    return shape is not None and len(shape) in (2, 3) and (*shape, 1)[2] in (1, 3)
+
+
 def _image_shape(mixture: Mixture) -> tuple[int, ...]:
     shape = mixture.event_shape
-    if shape is None or len(shape) not in (2, 3):
-        raise ConfigError(
-            f"images need a mixture whose `event_shape` is (H, W) or (H, W, channels); got {shape}."
-        )
+    if shape is None or not _is_image(shape):
+        rule = "(H, W) or (H, W, channels), of 1 or 3 channels"
+        raise ConfigError(f"images need a mixture whose `event_shape` is {rule}; got {shape}.")
     return shape
 
 
@@ -369,7 +374,7 @@ def plot_run(
         ConfigError: matplotlib is not installed.
     """
     figures = {"training.png": plot_training(history)}
-    if mixture.event_shape is not None and len(mixture.event_shape) in (2, 3):
+    if _is_image(mixture.event_shape):
         figures["trajectories.png"] = plot_trajectory_images(mixture)
         figures["samples.png"] = plot_sample_images(mixture, np.random.default_rng(0))
     elif mixture.dim > 1:

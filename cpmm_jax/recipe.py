@@ -9,7 +9,7 @@ from typing import Any
 from cpmm_jax.data.checks import check_enough_rows
 from cpmm_jax.errors import ConfigError
 
-LONGEST_LOCAL = 16  # times; a longer trajectory must cross the data, and starts at an example
+LONGEST_LOCAL = 16  # times; a longer one, of tables, must cross the data from an example
 DIVISIONS = (1, 2, 4, 8)  # lengths of trajectories that are tried
 CURRICULA = ("none", "interpolant", "flow")
 WIDE_NOISE = 0.1  # least noise variance of a classifier's components
@@ -45,7 +45,8 @@ class Recipe:
         tails: probability of the broad twin that every component is given after training (see
             `MFA.with_tails`); 0 for none.
         event_shape: (H, W, channels) of images that a convolutional field moves; None for tables.
-        dequantise: whether they are recorded pixels, 0..255, dequantised anew in every step.
+        dequantise: whether they are recorded pixels, 0..255, dequantised anew in every step; once
+            where a flow carries them.
         widths: hidden units of the field; of a convolutional one channels.
         coarse_widths: its channels at each halving of the resolution.
         ode_steps: steps of the solver.
@@ -179,6 +180,7 @@ def recommend(
     grouped = labelled or clusters is not None
     classes = (clusters or num_classes) if grouped else 1
     rows = num_examples / classes  # of one class
+    asked = local_start
     if local_start is None:  # clusters are where they start
         enough = _ample(rows, dim) if labelled else not _few(rows, dim)
         local_start = clusters is not None or (enough and curriculum == "none")
@@ -189,7 +191,7 @@ def recommend(
     rank = default_rank(rows, dim) if rank is None else rank
     image = image_shape(event_shape)
     if trajectories is None and image is not None and components is None and not grouped:
-        trajectories = IMAGE_TRAJECTORIES
+        trajectories = max(1, min(IMAGE_TRAJECTORIES, num_examples // 8))
     if trajectories is None:
         trajectories = _default_trajectories(rows, dim, rank, components, classes)
     if components is None:
@@ -234,7 +236,7 @@ def recommend(
         recipe,
         event_shape=image,
         dequantise=dequantise,
-        local_start=True,
+        local_start=(clusters is not None or curriculum == "none") if asked is None else asked,
         train_times=times,
         divisions=(),
         tails=0.0,

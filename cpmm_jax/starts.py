@@ -77,7 +77,7 @@ def with_clusters(
         return data
     if found is None:
         scales: list[Any] = [1.0]
-        if scale.max() <= SAME_UNITS * np.median(scale):
+        if scale.min() < scale.max() <= SAME_UNITS * np.median(scale):
             scales.append(scale / scale.max())
         settings: Any = {"weight": data.weight_train, "seed": recipe.seed}
         y = group_examples(data.x_train, recipe.num_classes, scales=scales, **settings)

@@ -32,15 +32,16 @@ import cpmm_jax as cpmm
 from benchmarks.provenance import provenance
 from benchmarks.report import Report, Table
 from cpmm_jax.bins import Bins
-from cpmm_jax.data import AffinePixels, bits_per_dimension, dequantise
-from cpmm_jax.data.dataset import Dataset, split
-from cpmm_jax.data.pixels import are_recorded
+from cpmm_jax.data import AffinePixels, bits_per_dimension
+from cpmm_jax.data.dataset import Dataset, Part, split
+from cpmm_jax.data.pixels import are_recorded, noise_of
 from cpmm_jax.data.standardise import Standardizer
+from cpmm_jax.errors import DataError
 from cpmm_jax.mixture.hierarchy import HierarchicalMFA
 from cpmm_jax.mixture.mfa import MFA
 from cpmm_jax.models.direct import DirectMFA
 from cpmm_jax.pipeline import fit_mixture
-from cpmm_jax.recipe import recommend
+from cpmm_jax.recipe import image_shape, recommend
 from experiments.ablation import shown
 from experiments.compare.cells import Cell, Record, Settings, is_done, read
 from experiments.compare.runner import run_cells
@@ -97,20 +98,20 @@ class Images:
         """Smallest noise variance in standardised units, (D,)."""
         return self.standardizer.noise_floor()
 
-    def noisy(self, x: np.ndarray, seed: int) -> np.ndarray:
-        """Return pixels with their noise, where there is any to add."""
-        return dequantise(np.random.default_rng(seed), x) if self.recorded else x
-
-    def standardized(self, x: np.ndarray, seed: int) -> np.ndarray:
-        """Return examples in standardised units, float32."""
+    def standardized(self, part: Part, seed: int) -> np.ndarray:
+        """Return a part in standardised units, float32, recorded pixels with noise."""
+        x = self.data.part(part)[0]
+        assert x is not None
         if self.recorded:
-            return self.pixels.carry(np.random.default_rng(seed), x)
+            return self.pixels.carry(noise_of(seed, part), x)
         return np.asarray(self.standardizer.transform(x), np.float32)
 
 
 def image_set(name: str, seed: int, *, data_dir: Path | None = None) -> Images:
     """Return a set by name; what lacks a part gives 20 and 10 % of its rows by seed."""
     data = split(read_set(name, data_dir), seed=seed, valid_fraction=0.1, test_fraction=0.2)
+    if image_shape(data.event_shape) is None:
+        raise DataError(f"{name!r} must hold images; got examples of shape {data.event_shape}.")
     recorded = are_recorded(data.x_train)
     standardizer = Standardizer.fit_images(data.x_train, recorded=recorded)
     return Images(data, standardizer, recorded, SIZES[name])
@@ -138,14 +139,15 @@ def by_gradient(images: Images, seed: int, steps: int) -> HierarchicalMFA:
     x, x_valid = data.x_train, data.x_valid
     given: Any = {"pixels": images.pixels}
     if not images.recorded:
-        x, x_valid, given = images.standardized(x, 0), images.standardized(x_valid, 1), {}
+        x, x_valid = images.standardized("train", seed), images.standardized("valid", seed)
+        given = {}
     config = cpmm.TrainConfig(steps=steps, num_times=1, patience=10, seed=seed)
     parts: Any = {"x_valid": x_valid, "y_valid": data.y_valid, "progress": False, **given}
     return cpmm.fit(model, x, data.y_train, config=config, **parts).model.extract()
 
 
 def _per_class(images: Images, seed: int, fit: Any) -> HierarchicalMFA:
-    z, y = images.standardized(images.data.x_train, seed), images.data.y_train
+    z, y = images.standardized("train", seed), images.data.y_train
     rows = [np.arange(len(z))] if y is None else [np.flatnonzero(y == c) for c in np.unique(y)]
     size = images.size
     found = [fit(z[own], size.trajectories * size.times, size.rank) for own in rows]
@@ -208,7 +210,7 @@ def measure(cell: Cell, method: str, images: Images) -> Record:
 def scores(mixture: HierarchicalMFA, images: Images, seed: int) -> dict[str, float | None]:
     """Return bits per dimension, accuracy, and how samples fill the bins of the training part."""
     data, scale = images.data, float(images.standardizer.scale[0])
-    z = images.standardized(data.x_test, seed)
+    z = images.standardized("test", seed)
     joint = np.concatenate(
         [np.asarray(mixture.class_log_prob(z[i : i + BLOCK])) for i in range(0, len(z), BLOCK)]
     ).astype(np.float64)
@@ -218,9 +220,8 @@ def scores(mixture: HierarchicalMFA, images: Images, seed: int) -> dict[str, flo
     if data.y_test is not None:
         found["accuracy"] = float(np.mean(joint.argmax(axis=1) == data.y_test))
     rows = np.random.default_rng(seed).permutation(len(data.x_train))[:MOST_BINNED]
-    bins = Bins.fit(images.noisy(data.x_train[rows], seed), seed=seed)
-    drawn = np.asarray(mixture.sample(jax.random.key(seed), len(rows)))
-    filled = bins.score(images.standardizer.inverse(drawn))
+    bins = Bins.fit(images.standardized("train", seed)[rows], seed=seed)
+    filled = bins.score(np.asarray(mixture.sample(jax.random.key(seed), len(rows))))
     return {**found, "ndb": filled.ndb, "js": filled.js}
 
 
@@ -232,9 +233,9 @@ def _by_components(images: Images, seed: int) -> float | None:
     data = images.data
     if data.y_train is None:
         return None
-    axes = PCA(PCA_DIM, random_state=seed).fit(images.standardized(data.x_train, seed))
-    train = axes.transform(images.standardized(data.x_train, seed))
-    test = axes.transform(images.standardized(data.x_test, seed))
+    axes = PCA(PCA_DIM, random_state=seed).fit(images.standardized("train", seed))
+    train = axes.transform(images.standardized("train", seed))
+    test = axes.transform(images.standardized("test", seed))
     joint = []
     for c in np.unique(data.y_train):
         rows = train[data.y_train == c]

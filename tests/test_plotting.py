@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -114,3 +115,14 @@ def test_what_cannot_be_drawn_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ConfigError, match=r"pip install 'cpmm_jax\[plot\]'"):
         plotting.plot_components(mixture())
+
+
+def test_colours_are_shown_as_they_are() -> None:
+    """Means in 0..256 would be white where matplotlib clips them to [0, 1]."""
+    m = mixture(C=1, K=1, D=12, event_shape=(2, 2, 3), extra={"num_times": 1})
+    m = replace(m, means=np.tile([10.0, 120.0, 250.0], 4)[None, None])
+    shown = plotting.plot_trajectory_images(m).images[0].get_array()
+    assert shown is not None
+    np.testing.assert_allclose(shown[0, 0], [0.0, 110 / 240, 1.0])
+    with pytest.raises(ConfigError, match=r"of 1 or 3 channels; got \(2, 3, 2\)"):
+        plotting.plot_trajectory_images(mixture(D=12, event_shape=(2, 3, 2)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,12 @@ def test_images_of_a_size_get_a_convolutional_field() -> None:
         recipe = recommend(3000, 320, 10, labelled=True, event_shape=shape, dequantise=True)
         assert recipe.event_shape == (16, 20, 1) and recipe.dequantise
         assert recipe.num_components == 10 * recipe.num_times and recipe.train_times > 3
+    images: dict[str, Any] = {"labelled": True, "event_shape": (16, 20)}
+    assert recipe.local_start and recommend(3000, 320, 10, local_start=True, **images).local_start
+    along = recommend(3000, 320, 10, curriculum="interpolant", **images)
+    apart = recommend(3000, 320, 10, local_start=False, **images)
+    assert not along.local_start and not apart.local_start
+    assert recommend(16, 960, event_shape=(16, 20, 3)).num_classes == 2  # few rows
     density = recommend(3000, 960, event_shape=(16, 20, 3))
     assert (density.event_shape, density.dequantise) == ((16, 20, 3), False)
     assert density.num_classes == 10 and density.tails == 0

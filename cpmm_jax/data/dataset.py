@@ -12,6 +12,7 @@ import numpy.typing as npt
 from cpmm_jax.errors import ConfigError, DataError
 
 Part = Literal["train", "valid", "test"]
+PARTS: tuple[Part, ...] = ("train", "valid", "test")
 
 
 @dataclass(frozen=True, eq=False)

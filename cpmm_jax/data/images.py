@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from cpmm_jax.data.binary import DEFLATE_RATIO, read_idx, reading
 from cpmm_jax.data.checks import listing, show, show_path
-from cpmm_jax.data.dataset import Part
-from cpmm_jax.data.parts import PARTS, RawPart
+from cpmm_jax.data.dataset import PARTS, Part
+from cpmm_jax.data.parts import RawPart
 from cpmm_jax.errors import DataError
 
 FOLDER_KINDS = (

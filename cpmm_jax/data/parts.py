@@ -15,8 +15,6 @@ from cpmm_jax.data.dataset import Dataset, Part
 from cpmm_jax.data.labels import encode_labels
 from cpmm_jax.errors import DataError, DataWarning
 
-PARTS: tuple[Part, ...] = ("train", "valid", "test")
-
 
 @dataclass(frozen=True, eq=False)
 class RawPart:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cpmm_jax.data.dataset import PARTS, Part
 from cpmm_jax.errors import ConfigError, DataError
 
 _LEVELS = 256
@@ -58,7 +59,7 @@ def check_pixels(x: npt.ArrayLike, *, name: str = "x") -> npt.NDArray[Any]:
 
 
 def are_recorded(x: npt.NDArray[Any]) -> bool:
-    """Whether all values are whole numbers in 0..255, and more than two of them."""
+    """Whether all values are whole numbers in 0..255, and not all of them 0 or 1."""
     whole = (x >= 0) & (x < _LEVELS) & (x == np.floor(x))
     return bool(whole.all()) and bool((x > 1).any())
 
@@ -87,18 +88,26 @@ def dequantise(key: _Array, x: _Array) -> _Array:
         ([[0.0, 255.0]], dtype('float64'))
     """
     if isinstance(key, np.random.Generator):
-        x = check_pixels(x).astype(np.float64)
-        ticks = key.integers(_TICKS, size=x.shape, dtype=np.uint16)
-    else:
-        import jax
-        import jax.numpy as jnp
+        return _noisy(key, check_pixels(x))
+    import jax
+    import jax.numpy as jnp
 
-        if not isinstance(x, jax.core.Tracer):
-            check_pixels(x)
-        wide = jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.result_type(x).itemsize > 2
-        x = jnp.asarray(x, None if wide else jnp.float32)
-        ticks = jax.random.bits(key, x.shape, "uint16") % _TICKS
+    if not isinstance(x, jax.core.Tracer):
+        check_pixels(x)
+    wide = jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.result_type(x).itemsize > 2
+    x = jnp.asarray(x, None if wide else jnp.float32)
+    ticks = jax.random.bits(key, x.shape, "uint16") % _TICKS
     return x + (ticks.astype(x.dtype) + 0.5) / _TICKS
+
+
+def _noisy(rng: np.random.Generator, x: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    ticks = rng.integers(_TICKS, size=x.shape, dtype=np.uint16)
+    return x.astype(np.float64) + (ticks.astype(np.float64) + 0.5) / _TICKS
+
+
+def noise_of(seed: int, part: Part) -> np.random.Generator:
+    """Return the generator of the noise that is drawn once for a part of the data."""
+    return np.random.default_rng([seed, 2 + PARTS.index(part)])  # `split` draws of earlier ones
 
 
 def bits_per_dimension(log_prob: _Array, dim: int) -> _Array:
@@ -141,7 +150,12 @@ class Pixels(ABC):
         return self.log_slope(pixels).sum(axis=-1)
 
     def carry(
-        self, rng: np.random.Generator, x: npt.NDArray[Any], dtype: npt.DTypeLike = np.float32
+        self,
+        rng: np.random.Generator,
+        x: npt.NDArray[Any],
+        dtype: npt.DTypeLike = np.float32,
+        *,
+        name: str = "x",
     ) -> npt.NDArray[Any]:
         """Map recorded pixels to model space, with noise drawn once; block by block in float64.
 
@@ -149,13 +163,15 @@ class Pixels(ABC):
             rng: of the noise.
             x: whole numbers 0..255, shape (N, D).
             dtype: of the result.
+            name: what to call `x` in a message.
 
         Raises:
             DataError: see `check_pixels`.
         """
+        x = check_pixels(x, name=name)
         found = np.empty(x.shape, dtype)
         for first in range(0, len(x), _BLOCK):
-            found[first : first + _BLOCK] = self.forward(dequantise(rng, x[first : first + _BLOCK]))
+            found[first : first + _BLOCK] = self.forward(_noisy(rng, x[first : first + _BLOCK]))
         return found
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from cpmm_jax.data.binary import read_npy, read_npz, reading
 from cpmm_jax.data.builtin import BUILTIN_NAMES, load_builtin
 from cpmm_jax.data.checks import listing, show, show_path
-from cpmm_jax.data.dataset import Dataset
+from cpmm_jax.data.dataset import PARTS, Dataset
 from cpmm_jax.data.images import FOLDER_KINDS, read_folder
-from cpmm_jax.data.parts import PARTS, RawPart, assemble
+from cpmm_jax.data.parts import RawPart, assemble
 from cpmm_jax.data.table import read_csv
 from cpmm_jax.errors import DataError
 

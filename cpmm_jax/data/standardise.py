@@ -13,6 +13,8 @@ import numpy.typing as npt
 from cpmm_jax.data.checks import as_matrix, check_examples, listing
 from cpmm_jax.errors import DataError, DataWarning
 
+_GREYS = 256  # at most, of pixels on a grid
+_SEEN = 1000  # images that are looked at first
 _CHUNK = 1 << 20  # numbers converted to float64 at a time (8 MiB)
 _Vector = npt.NDArray[np.float64]
 
@@ -126,8 +128,14 @@ class Standardizer:
             )
         ones = np.ones(x.shape[1])
         if recorded:  # with the mean and the variance of the uniform noise
-            shift, scale = shift + 0.5, float(np.sqrt(scale**2 + 1 / 12))
-        return cls(shift * ones, scale * ones, float(recorded) * ones)
+            scale = float(np.sqrt(scale**2 + 1 / 12))
+            return cls((shift + 0.5) * ones, scale * ones, ones)
+        values = np.unique(x[:_SEEN])
+        values = np.unique(x) if len(values) <= _GREYS else values
+        grid = len(values) <= _GREYS and len(values) < x.size / 2
+        resolution = np.full(x.shape[1], float(np.diff(values).min()) if grid else 0.0)
+        resolution[np.ptp(x, axis=0) == 0] = scale  # the floor of what tells nothing is the highest
+        return cls(shift * ones, scale * ones, resolution)
 
     @property
     def dim(self) -> int:

@@ -289,7 +289,7 @@ def _features(dim: int | None, shape: tuple[int, int, int] | None) -> int:
     if len(sizes) != 1:
         raise ConfigError(
             "`dim` must be the number of features, and that of an `event_shape` where there is "
-            f"one; got {dim} and {shape}; leave out the one that is wrong."
+            f"one; got {dim} and {shape}; give one of them."
         )
     return int(sizes.pop() or 0)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cpmm_jax import __version__, artifact
-from cpmm_jax.data.pixels import are_recorded
+from cpmm_jax.data.pixels import are_recorded, check_pixels
 from cpmm_jax.errors import RunError
 from cpmm_jax.evaluate import evaluate
 from cpmm_jax.files import write_json
@@ -169,6 +169,9 @@ def _fill(
         seed=source.seed,
         **order.settings,
     )
+    if recipe.dequantise:  # now, not after the training
+        for part in ("valid", "test"):
+            check_pixels(getattr(data, f"x_{part}"), name=f"x_{part}")
     known = None if order.flow is None else load_model(_flow_folder(order.flow), CNF)
     fitted = fit_mixture(
         data.x_train,

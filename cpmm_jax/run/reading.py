@@ -15,7 +15,7 @@ from cpmm_jax import artifact
 from cpmm_jax.data.checks import check_examples, show
 from cpmm_jax.data.dataset import Dataset, split
 from cpmm_jax.data.labels import recode_labels
-from cpmm_jax.data.pixels import dequantise
+from cpmm_jax.data.pixels import dequantise, noise_of
 from cpmm_jax.data.readers import load
 from cpmm_jax.data.table import count_columns
 from cpmm_jax.errors import RunError
@@ -181,4 +181,4 @@ def read_examples(run: Run, data: str, label_column: str | None = None) -> Examp
 
 def as_fitted(mixture: artifact.Mixture, x: npt.NDArray[Any], seed: int) -> npt.NDArray[Any]:
     """Return examples as the mixture was fitted to them: recorded pixels with noise, drawn once."""
-    return dequantise(np.random.default_rng(seed), x) if mixture.extra.get("dequantised") else x
+    return dequantise(noise_of(seed, "test"), x) if mixture.extra.get("dequantised") else x

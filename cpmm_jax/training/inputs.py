@@ -13,7 +13,7 @@ from flax import nnx
 
 from cpmm_jax.data.checks import check_enough_rows, check_examples, check_labels
 from cpmm_jax.data.dataset import Dataset, split
-from cpmm_jax.data.pixels import Pixels, check_pixels
+from cpmm_jax.data.pixels import Pixels, check_pixels, noise_of
 from cpmm_jax.errors import ConfigError, DataError
 from cpmm_jax.mixture.checks import check_weight
 from cpmm_jax.mixture.padding import pad_rows, padded_size
@@ -99,6 +99,7 @@ def prepare(
         raise ConfigError(
             f"`discriminative` must be 0 without labels; got {config.discriminative}; give `y`."
         )
+    check_map(pixels)
     dtype = jnp.result_type(*jax.tree.leaves(params))
     data = Dataset("x", *_checked(model, dtype, x, y, "x", "y"))
     own = check_weight(weight, len(data.x_train))
@@ -129,19 +130,24 @@ def prepare(
     return Data(_on_device(dtype, *padded), num_examples, valid)
 
 
+def check_map(pixels: Any) -> None:
+    """Raise ConfigError unless it is a map of pixels that a compiled step can be told apart by."""
+    hashable = type(pixels).__hash__ is not None
+    if pixels is not None and not (isinstance(pixels, Pixels) and hashable):
+        raise ConfigError(
+            "`pixels` must be a hashable map of pixels, such as AffinePixels(); got "
+            f"{type(pixels).__name__}; derive it from Pixels, as a frozen dataclass."
+        )
+
+
 def _dequantised(data: Dataset, pixels: Pixels, dtype: Any, seed: int, *, once: bool) -> Dataset:
     """Return recorded pixels as bytes, or as examples of the model where they are to be so."""
-
-    def carried(x: npt.NDArray[Any], stream: int) -> npt.NDArray[Any]:
-        return pixels.carry(np.random.default_rng([seed, stream]), x, dtype)
-
-    train = check_pixels(data.x_train).astype(np.uint8)
-    valid = data.x_valid
-    return replace(
-        data,
-        x_train=carried(train, 0) if once else train,
-        x_valid=None if valid is None else carried(check_pixels(valid, name="x_valid"), 1),
-    )
+    train, valid = check_pixels(data.x_train).astype(np.uint8), data.x_valid
+    if once:
+        train = pixels.carry(noise_of(seed, "train"), train, dtype)
+    if valid is not None:
+        valid = pixels.carry(noise_of(seed, "valid"), valid, dtype, name="x_valid")
+    return replace(data, x_train=train, x_valid=valid)
 
 
 def _on_device(

@@ -155,12 +155,12 @@ def fit(
     config = TrainConfig() if config is None else config
     config.check()
     parts = take_apart(model)
+    check_curriculum(curriculum, model.dim)
     carried = len(curriculum.stages.positions) > 1 and not curriculum.is_random
     weights = (sample_weight, weight_valid)
     data = prepare(
         model, parts.params, x, y, x_valid, y_valid, config, *weights, pixels, once=carried
     )
-    check_curriculum(curriculum, data.train.x.shape[1])
     run = _Run(model, data, config, curriculum, optimizer, start, None if carried else pixels)
     identity = partial(
         fingerprint_of,
@@ -170,7 +170,7 @@ def fit(
         {**named_leaves("train", data.train), **named_leaves("valid", data.valid)},
         curriculum=describe_curriculum(curriculum),
         optimizer="Adam" if optimizer is None else "given",
-        **({} if pixels is None else {"pixels": repr(pixels)}),
+        **({} if pixels is None else {"pixels": [type(pixels).__qualname__, vars(pixels)]}),
     )
     with (
         kept(run, checkpoints, identity, resume=resume) as keeper,

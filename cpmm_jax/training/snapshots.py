@@ -246,7 +246,7 @@ def fingerprint_of(
         "fixed": _hash(jax.tree.leaves(fixed)),
         "config": settings,
         "data": parts,
-        **others,
+        **_plain(others),
     }
 
 

@@ -156,6 +156,13 @@ def test_images_have_one_shift_and_scale(recorded: bool, rng: np.random.Generato
     assert s.resolution.tolist() == [float(recorded)] * 6
 
 
+def test_greys_of_few_values_and_pixels_of_one_have_their_floor(rng: np.random.Generator) -> None:
+    x = np.column_stack([rng.integers(0, 2, (50, 3)), np.zeros(50)]).astype(np.float32)
+    s = Standardizer.fit_images(x, recorded=False)
+    np.testing.assert_allclose(s.resolution, [1.0, 1.0, 1.0, s.scale[0]])
+    assert s.noise_floor().tolist() == [5e-3] * 4
+
+
 def test_images_of_one_grey_are_refused() -> None:
     with pytest.raises(DataError, match="`x` must have pixels that vary; got 7 in all of 3 images"):
         Standardizer.fit_images(np.full((3, 4), 7), recorded=True)

@@ -73,7 +73,10 @@ def test_an_interrupted_write_leaves_the_old_cell(
 def test_a_run_cut_off_goes_on_where_it_was(blow: signal.Signals, tmp_path: Path) -> None:
     journal, cells = tmp_path / "journal", slow_cells(12)
     code = (
-        "from pathlib import Path; from tests.experiments.stand_ins import run, slow_cells; "
+        "import signal; from pathlib import Path; "
+        "from tests.experiments.stand_ins import run, slow_cells; "
+        # Where tests run in the background, a shell has SIGINT ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         f"run(slow_cells(12), Path({str(tmp_path)!r}), Path({str(journal)!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)

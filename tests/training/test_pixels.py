@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 import cpmm_jax as cpmm
 from cpmm_jax.data import AffinePixels, LogitPixels, dequantise
 from cpmm_jax.data.batches import batch_indices
-from cpmm_jax.errors import DataError
+from cpmm_jax.errors import ConfigError, DataError, RunError
 from cpmm_jax.mixture.em import fit_em
 from cpmm_jax.models.direct import DirectMFA
 from cpmm_jax.training.step import make_keys
@@ -75,3 +76,17 @@ def test_what_is_no_pixel_is_refused() -> None:
     bad = np.where(X.max() == X, 256, X)
     with pytest.raises(DataError, match=r"`x_valid` must hold .* got 256"):
         cpmm.fit(start(), X, x_valid=bad, config=QUICK, pixels=PIXELS, progress=False)
+
+
+@pytest.mark.parametrize("pixels", ["affine", lambda x: x])
+def test_what_is_no_map_is_refused(pixels: Any) -> None:
+    with pytest.raises(ConfigError, match=r"`pixels` must be a hashable map .* such as Affine"):
+        cpmm.fit(start(), X, config=QUICK, pixels=pixels, progress=False)
+
+
+def test_another_map_is_told_of_on_resuming(tmp_path: Path) -> None:
+    kept: dict[str, Any] = {"config": QUICK, "progress": False, "checkpoints": tmp_path}
+    cpmm.fit(start(), X, pixels=PIXELS, **kept)
+    with pytest.raises(RunError, match=r"`pixels` was .*4\.0.* and is .*5\.0"):
+        cpmm.fit(start(), X, pixels=AffinePixels(5.0, 2.0), resume=True, **kept)
+    assert cpmm.fit(start(), X, pixels=PIXELS, resume=True, **kept).steps == 1
