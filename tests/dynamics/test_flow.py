@@ -80,7 +80,7 @@ def test_densities_of_all_positions_agree(flow: CNF, jacobian: Any) -> None:
         log_det = np.linalg.slogdet(np.asarray(jacobian(X, v)))[1]
         there = flow.log_prob_at(flow.transform(X, v), v)
         np.testing.assert_allclose(flow.log_prob(X), there + log_det, atol=5e-5)
-    normal = -0.5 * jnp.sum(X**2, axis=1) - np.log(2 * np.pi)
+    normal = -0.5 * jnp.sum(X**2, axis=1) - float(np.log(2 * np.pi))
     np.testing.assert_allclose(flow.log_prob_at(X, 1.0), normal, atol=1e-6)
 
 
