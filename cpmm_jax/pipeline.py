@@ -36,6 +36,14 @@ from cpmm_jax.training.snapshots import Checkpoints
 
 TAIL_NOISE = 0.1  # of a column's variance, which is 1 in the units of the model
 FLOW_STEPS = 4000
+OF_THE_MODEL = (  # settings that stay where training goes on from an earlier fit
+    "num_classes",
+    "num_trajectories",
+    "num_times",
+    "train_times",
+    "event_shape",
+    "dequantise",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +130,7 @@ def fit_mixture(
         standardizer = Standardizer.fit(x_train, names=feature_names, weight=weight)
     else:
         standardizer = begin.standardizer
-        kept = ("num_classes", "num_trajectories", "num_times", "train_times")
-        kept += ("event_shape", "dequantise")  # type: ignore[assignment]
-        recipe = replace(recipe, **{name: getattr(begin.recipe, name) for name in kept})
+        recipe = replace(recipe, **{name: getattr(begin.recipe, name) for name in OF_THE_MODEL})
         recipe = replace(recipe, divisions=(), refit=False)
     floor = np.maximum(standardizer.noise_floor(), recipe.least_noise)
     data = Dataset("x", x_train, y_train, weight_train=weight)

@@ -220,7 +220,7 @@ class Running(ABC):
             "step": self.step,
             "reported": self.reported,
             "returns": self.returns,
-            "max_steps": self._max_steps(),
+            "more_steps": self._max_steps(),
             "has_best": self.best_params is not None,
             "best_score": number(self.best_score),
             "best_step": self.best_step,
@@ -238,7 +238,7 @@ class Running(ABC):
             RunError: an array is missing, or of another shape or type.
         """
         arrays, host = saved
-        if (steps := host["max_steps"]) is not None and steps != self._max_steps():
+        if (steps := host["more_steps"]) is not None and steps != self._max_steps():
             self._allow_steps(steps)
         params = from_named("model", self.state.params, arrays)
         self.good = self.tried = from_named("good", self.state.params, arrays)

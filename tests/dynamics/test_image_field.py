@@ -119,10 +119,8 @@ def test_sees_time_and_place() -> None:
     large = np.zeros(7 * 7 * 4, np.float32)
     for coordinates in (True, False):  # away from the border, where zeros are padded
         made = ConvField((7, 7, 1), 0, 2, coordinates=coordinates, rngs=nnx.Rngs(0))
-        inner = np.asarray(call(made, 0.0, large)).reshape(4, 7, 7)[:, 2:5, 2:5]
-        assert (np.ptp(inner) > 0.1 * np.std(inner[0])) or not coordinates
-        if not coordinates:
-            np.testing.assert_allclose(inner[0], inner[0, 0, 0], rtol=1e-4)
+        inner = np.asarray(call(made, 0.0, large))[:49].reshape(7, 7)[2:5, 2:5]  # of the means
+        assert bool(np.ptp(inner) > 0.05) is coordinates
 
 
 def test_rests_and_can_learn_where_its_output_is_zero() -> None:
