@@ -151,7 +151,7 @@ def _per_class(images: Images, seed: int, fit: Any) -> HierarchicalMFA:
     rows = [np.arange(len(z))] if y is None else [np.flatnonzero(y == c) for c in np.unique(y)]
     size = images.size
     found = [fit(z[own], size.trajectories * size.times, size.rank) for own in rows]
-    weights = jnp.log(jnp.array([len(own) / len(z) for own in rows]))
+    weights = jnp.log(jnp.array([len(own) / len(z) for own in rows], found[0].means.dtype))
     return HierarchicalMFA(weights, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found))
 
 

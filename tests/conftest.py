@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 
 # Before NumPy or JAX starts its threads: each test process keeps to its share of the cores. JAX's
@@ -63,11 +65,26 @@ def pytest_collection() -> Iterator[None]:
         return (yield)
 
 
+# Linux allows a process 65,530 maps of memory, and compiled programs take some each: without a
+# limit the long tests of `make torture` run into it, and XLA aborts.
+MOST_MAPS = 40_000
+_DONE = count()
+
+
+def _memory_maps() -> int:
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     errors = jax.config.values["jax_debug_nans"] and item.get_closest_marker("nan") is None
     with jax.debug_nans(errors):
-        return (yield)
+        result = yield
+    if next(_DONE) % 10 == 0 and _memory_maps() > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
+    return result
 
 
 @pytest.fixture

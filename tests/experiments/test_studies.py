@@ -95,7 +95,7 @@ def test_the_experiment_on_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(images.SIZES, "stripes", images.Size(1, 2, 1))
     data = images.image_set("stripes", 0, data_dir=tmp_path)
     for method in ("em", "direct", "cpmm_interpolant", "cpmm_classifier"):
-        cell = Cell("stripes", method, 0, Settings("images", 0.0, steps=20))
+        cell = Cell("stripes", method, 0, Settings("images", 0.0, steps=60))
         metrics = images.measure(cell, method, data)["metrics"]
         assert metrics["accuracy"] == 1.0 and 4 < metrics["bits_per_dimension"] < 8
         assert 0 <= metrics["js"] <= np.log(2)
