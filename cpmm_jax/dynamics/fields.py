@@ -14,11 +14,10 @@ from jax.flatten_util import ravel_pytree
 from jax.nn.initializers import zeros
 from jaxtyping import Array, Float, PyTree
 
+from cpmm_jax.dynamics.activations import ACTIVATIONS
 from cpmm_jax.dynamics.deferred import Tap, open_taps, tapped_matmul
 from cpmm_jax.dynamics.draws import draw_arrays
 from cpmm_jax.errors import ConfigError
-
-ACTIVATIONS = {"sin": jnp.sin, "tanh": jnp.tanh}
 
 TIME_SCALE = (
     3.0  # standard deviation of the weights of t, so that t in [0, 1] matters from the start
@@ -104,12 +103,27 @@ class MLPField(nnx.Module):
         Returns:
             A pytree like `state`.
         """
-        hidden, unravel = ravel_pytree(state)
-        clock = jnp.asarray(t, hidden.dtype).reshape(1)
-        *inner, last = taps or [None] * (len(self.layers) + 1)  # type: ignore[list-item]
-        for layer, time, tap in zip(self.layers, self.times, inner, strict=True):
-            hidden = ACTIVATIONS[self.activation](_affine(layer, hidden, tap) + time(clock))
-        return unravel(_affine(self.output, hidden, last))
+        vector, unravel = ravel_pytree(state)
+        first, *inner = taps or [None] * (len(self.layers) + 1)  # type: ignore[list-item]
+        entering = _affine(self.layers[0], vector, first)
+        return unravel(_affine(self.output, self.hidden(t, entering, inner[:-1]), inner[-1]))
+
+    def hidden(
+        self, t: Float[Array, ""] | float, entering: Array, taps: Sequence[Tap | None]
+    ) -> Array:
+        """Return the last hidden layer's units, shape (W,).
+
+        Args:
+            t: pseudotime in [0, 1].
+            entering: what comes into the first hidden layer from the state, W h + b.
+            taps: those of the layers between, as in a call.
+        """
+        clock = jnp.asarray(t, entering.dtype).reshape(1)
+        activation, (first, *more) = ACTIVATIONS[self.activation], self.times
+        units = activation(entering + first(clock))
+        for layer, time, tap in zip(list(self.layers)[1:], more, taps, strict=True):
+            units = activation(_affine(layer, units, tap) + time(clock))
+        return units
 
 
 def check_network(widths: Sequence[int], activation: str) -> None:

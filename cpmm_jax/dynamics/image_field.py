@@ -15,8 +15,9 @@ from jax.flatten_util import ravel_pytree
 from jax.nn.initializers import zeros
 from jaxtyping import Array, Float, PyTree
 
+from cpmm_jax.dynamics.activations import ACTIVATIONS
 from cpmm_jax.dynamics.draws import draw_arrays
-from cpmm_jax.dynamics.fields import ACTIVATIONS, TIME_SCALE, check_network
+from cpmm_jax.dynamics.fields import TIME_SCALE, check_network
 from cpmm_jax.errors import ConfigError
 
 SIDE = 3  # of the kernels

@@ -40,9 +40,11 @@ class SolverConfig:
 
     Equal steps of an explicit Runge-Kutta method or of the reversible Heun method, without an
     `adjoint`, are a `lax.scan` with its stages written out and every step kept for the gradient;
-    the gradient of the field's kernels is formed once, after the loop. `diffeqsolve` gives the
-    same numbers, but is made for loops whose length is not known: it takes 1.5 times as long to run
-    and three times as long to compile (`python -m benchmarks.training_step --full`).
+    the gradient of the field's kernels is formed once, after the loop, and where a perceptron has
+    fewer hidden units than the state has entries, the loop runs over them
+    (`dynamics.hidden_units`). `diffeqsolve` gives the same numbers, but is made for loops whose
+    length is not known: it takes longer to run and three times as long to compile
+    (`python -m benchmarks.training_step --full`).
 
     Attributes:
         solver: any diffrax solver; an implicit one takes steps of fixed size only with a root
@@ -84,6 +86,12 @@ class SolverConfig:
         for name in ("rtol", "atol"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"`{name}` must be positive; got {getattr(self, name)}.")
+
+    @property
+    def is_written_out(self) -> bool:
+        """Whether the solve is a scan over equal steps: no adjoint, no controller, explicit."""
+        chosen = self.controller is not None or self.adjoint is not None
+        return self.num_steps is not None and are_written_out(self.solver) and not chosen
 
     # A model holds its SolverConfig as static data, which JAX compares and hashes. Some diffrax
     # objects hold dictionaries or arrays and have no hash, but all are pytrees with a repr that is
@@ -145,8 +153,8 @@ def solve(
     """
     # Times in the dtype of the state: steps computed from others would promote it, step by step.
     times = jnp.asarray(times, jnp.result_type(*jax.tree.leaves(initial_state)))
-    chosen = config.controller is not None or config.adjoint is not None
-    if config.num_steps is not None and are_written_out(config.solver) and not chosen:
+    if config.is_written_out:
+        assert config.num_steps is not None
 
         def evaluate(t: Any, state: PyTree, tap: Any) -> PyTree:
             return vector_field(t, state, args, *tap)

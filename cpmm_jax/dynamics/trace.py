@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cpmm_jax.dynamics.fields import ACTIVATIONS, MLPField
+from cpmm_jax.dynamics.activations import ACTIVATIONS
+from cpmm_jax.dynamics.fields import MLPField
 from cpmm_jax.errors import ConfigError
 
 Field = Callable[[Any, Float[Array, " D"]], Float[Array, " D"]]  # g(v, u) of one point

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from cpmm_jax.dynamics.hidden_units import HiddenUnits, move_hidden_units
 from cpmm_jax.dynamics.solve import Solution, SolverConfig, solve
 from cpmm_jax.mixture.density import Components, reduce_log_prob
 from cpmm_jax.mixture.mfa import MFA
@@ -106,9 +107,17 @@ def integrate(
     unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0, 0], initial))[1]
     vectors = jax.vmap(jax.vmap(lambda state: ravel_pytree(state)[0]))(initial)
     rows = vectors.shape[:2]
-    few = not field_per_class and math.prod(rows) <= FEW_ROWS and hasattr(field, "taps")
-    taps = (lambda lead: field.taps((*lead, *rows))) if few else None
-    solution = solve(move, vectors, times, config, args=field, taps=taps)
+    num_rows = math.prod(rows)
+    few = not field_per_class and num_rows <= FEW_ROWS and hasattr(field, "taps")
+    equal = config.is_written_out and not field_per_class
+    if equal and HiddenUnits.save_work(field, num_rows, vectors.shape[-1]):
+        units = HiddenUnits.of(field, vectors)
+        taps = (lambda lead: units.taps((*lead, *rows))) if few else None
+        solution = solve(move_hidden_units, units.integrals, times, config, args=units, taps=taps)
+        solution = solution._replace(states=units.states(times, solution.states))
+    else:
+        taps = (lambda lead: field.taps((*lead, *rows))) if few else None
+        solution = solve(move, vectors, times, config, args=field, taps=taps)
     states = jax.vmap(jax.vmap(jax.vmap(unravel)))(jnp.moveaxis(solution.states, 0, 2))  # (C, S, T)
     components = jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 1, 3), states.component)
     return solution._replace(states=components)

@@ -1,4 +1,4 @@
-"""Gradients formed after the loop are those of the plain field."""
+"""Gradients formed after the loop, or of a loop over hidden units, are those of the plain field."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jaxtyping import Array
 from cpmm_jax.dynamics import trajectory
 from cpmm_jax.dynamics.deferred import open_taps, tapped_matmul
 from cpmm_jax.dynamics.fields import MLPField
+from cpmm_jax.dynamics.hidden_units import HiddenUnits
 from cpmm_jax.dynamics.solve import SolverConfig
 from cpmm_jax.dynamics.trajectory import TrajectoryState, integrate
 from cpmm_jax.mixture.mfa import MFA
@@ -41,14 +42,19 @@ def test_one_product_collects_what_a_loop_sums(x64: None) -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-10)
 
 
+@pytest.mark.parametrize("widths", [(4, 3), (3,), (8, 3)], ids=str)
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
 def test_gradients_of_a_solve(
-    solver: diffrax.AbstractSolver, x64: None, monkeypatch: pytest.MonkeyPatch
+    solver: diffrax.AbstractSolver,
+    widths: tuple[int, ...],
+    x64: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shapes = {"means": (2, 2, 1), "loadings": (2, 2, 1, 1), "log_noise": (2, 2, 1)}
-    values = {n: jnp.cos(jnp.arange(4.0).reshape(shape)) for n, shape in shapes.items()}
-    initial = TrajectoryState(MFA(logits=None, **values), jnp.ones((2, 2, 2)))  # type: ignore[arg-type]
-    field = MLPField(5, widths=(4, 3), param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    """Where hidden units are fewer than entries of the state, 5, the solve is one of theirs."""
+    shapes = {"means": (2, 3, 1), "loadings": (2, 3, 1, 1), "log_noise": (2, 3, 1)}
+    values = {n: jnp.cos(jnp.arange(6.0).reshape(shape)) for n, shape in shapes.items()}
+    initial = TrajectoryState(MFA(logits=None, **values), jnp.ones((2, 3, 2)))  # type: ignore[arg-type]
+    field = MLPField(5, widths=widths, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     config = SolverConfig(solver=solver, num_steps=3)
 
     def value(field: MLPField, initial: TrajectoryState) -> Array:
@@ -59,6 +65,10 @@ def test_gradients_of_a_solve(
         return jax.jit(jax.value_and_grad(value, argnums=(0, 1)))(field, initial)
 
     tapped = gradient()
-    monkeypatch.setattr(trajectory, "FEW_ROWS", 3)  # there are four
-    for got, expected in zip(*map(jax.tree.leaves, (tapped, gradient())), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
+    assert HiddenUnits.save_work(field, 6, 5) == (max(widths) < 5)
+    monkeypatch.setattr(trajectory, "FEW_ROWS", 5)  # there are six
+    untapped = gradient()
+    monkeypatch.setattr(HiddenUnits, "save_work", lambda field, rows, size: False)
+    for found in (tapped, untapped):
+        for got, expected in zip(*map(jax.tree.leaves, (found, gradient())), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
