@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from cpmm_jax.training.config import Schedule
@@ -52,7 +51,7 @@ def advance(
         updates = jax.tree.map(lambda update: -rate.astype(update.dtype) * update, updates)
     params = optax.apply_updates(state.params, updates)
 
-    finite = jnp.isfinite(ravel_pytree(params)[0]).all()
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
     checks = jnp.stack([solve.ok, jnp.isfinite(loss), jnp.isfinite(grad_norm), finite])
     accepted = checks.all()
     cause = jnp.argmin(checks)  # the first check that fails
