@@ -2,11 +2,12 @@
 
     .venv/bin/python -m benchmarks.training_step
 
-times it against ours. The flattened state of each class is a row of a matrix, `torchdiffeq.odeint`
-solves the ODE, and the components are a batch of `LowRankMultivariateNormal`. The gradient goes
-back through the solver's operations; `odeint_adjoint`, which solves backwards for it, took 1.7 to 2
-times as long with fixed steps and over ten times as long with adaptive ones. It runs eagerly:
-`torch.compile` on the field gained nothing.
+times it against ours, and `benchmarks.images` where the field is convolutional. The flattened state
+of each class is a row of a matrix, `torchdiffeq.odeint` solves the ODE, and the components are a
+batch of `LowRankMultivariateNormal`. The gradient goes back through the solver's operations;
+`odeint_adjoint`, which solves backwards for it, took 1.7 to 2 times as long with fixed steps and
+over ten times as long with adaptive ones. It runs eagerly: `torch.compile` on the field gained
+nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch.distributions import LowRankMultivariateNormal
 from torchdiffeq import odeint
 
 import cpmm_jax as cpmm
+from benchmarks import torch_conv
+from cpmm_jax.dynamics.fields import MLPField
 
 INITIAL = ("means", "loadings", "log_noise", "augmented")
 
@@ -64,8 +67,11 @@ class TorchCPMM(nn.Module):
             setattr(self, name, nn.Parameter(torch.empty_like(arrays[name])))
         noise_floor = torch.tensor(np.exp(model.log_floor[...]))
         self.register_buffer("noise_floor", noise_floor, persistent=False)
-        widths = [layer.out_features for layer in model.field.layers]
-        self.field = Field(model.field.output.out_features, widths)
+        if isinstance(model.field, MLPField):
+            widths = [layer.out_features for layer in model.field.layers]
+            self.field = Field(model.field.output.out_features, widths)
+        else:
+            self.field = torch_conv.ConvField(model.field)
         self.load_state_dict(arrays)
 
     def components(self, times: Tensor) -> LowRankMultivariateNormal:
@@ -140,13 +146,20 @@ class TorchTraining:
 
 def parameters_of(model: cpmm.CPMM) -> dict[str, np.ndarray]:
     """Return our parameters, or a gradient in their place, by their names and layouts here."""
-    linear = {f"layers.{i}": layer for i, layer in enumerate(model.field.layers)}
-    linear |= {f"times.{i}": layer for i, layer in enumerate(model.field.times)}
-    linear["output"] = model.field.output
     arrays = {name: np.asarray(getattr(model, name)[...])[:, 0] for name in INITIAL}
     arrays["class_logits"] = np.asarray(model.class_logits[...])
+    perceptron = isinstance(model.field, MLPField)
+    of_field = (perceptron_parameters if perceptron else torch_conv.parameters_of)(model.field)
+    return arrays | {f"field.{name}": value for name, value in of_field.items()}
+
+
+def perceptron_parameters(field: MLPField) -> dict[str, np.ndarray]:
+    linear = {f"layers.{i}": layer for i, layer in enumerate(field.layers)}
+    linear |= {f"times.{i}": layer for i, layer in enumerate(field.times)}
+    linear["output"] = field.output
+    arrays = {}
     for name, layer in linear.items():
-        arrays[f"field.{name}.weight"] = np.asarray(layer.kernel[...]).T
+        arrays[f"{name}.weight"] = np.asarray(layer.kernel[...]).T
         if layer.bias is not None:
-            arrays[f"field.{name}.bias"] = np.asarray(layer.bias[...])
+            arrays[f"{name}.bias"] = np.asarray(layer.bias[...])
     return arrays
