@@ -196,14 +196,40 @@ def _tiles(images: npt.NDArray[Any], gap: int = 1) -> npt.NDArray[Any]:
     return sheet
 
 
-def _show_tiles(ax: Axes, sheet: npt.NDArray[Any], low: float, high: float) -> None:
+def plot_images(
+    images: npt.ArrayLike,
+    *,
+    names: Sequence[str] = (),
+    limits: tuple[float, float] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw images in rows and columns, higher values darker; three channels are colours.
+
+    Args:
+        images: shape (rows, columns, H, W) or (rows, columns, H, W, channels).
+        names: of groups of equally many rows, from the top.
+        limits: values of white and black; by default the least and the largest.
+        ax: axes to draw on; new ones by default.
+
+    Returns:
+        The axes.
+    """
+    shown = np.asarray(images)
+    rows, columns, height = shown.shape[:3]
+    ax = _axes(ax, (0.55 * columns + 0.6, 0.55 * rows + 0.1))
+    low, high = limits or (float(shown.min()), float(shown.max()))
+    sheet = _tiles(shown)
     colours = _pyplot().get_cmap("gray_r").with_extremes(bad="white")
     if sheet.ndim == 3 and sheet.shape[2] == 3:  # colours, which are shown as they are, in [0, 1]
         sheet = np.nan_to_num(np.clip((sheet - low) / (high - low), 0.0, 1.0), nan=1.0)
     ax.imshow(sheet, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
     for side in ax.spines.values():
         side.set_visible(False)
-    ax.set(xticks=[], yticks=[])
+    step = (height + 1) * rows / max(1, len(names))
+    ax.set(xticks=[])
+    ax.set_yticks([step * (i + 0.5) - 1 for i in range(len(names))], names)
+    ax.tick_params(length=0)
+    return ax
 
 
 def _is_image(shape: tuple[int, ...] | None) -> bool:
@@ -235,15 +261,18 @@ def plot_trajectory_images(mixture: Mixture, *, ax: Axes | None = None) -> Axes:
     means = _by_trajectory(mixture, mixture.means)
     rows, columns = means.shape[:2]
     ax = _axes(ax, (0.55 * columns + 0.6, 0.55 * rows + 0.3))
-    low, high = float(mixture.means.min()), float(mixture.means.max())
-    _show_tiles(ax, _tiles(means.reshape(rows, columns, *shape)), max(low, 0.0), high)
-    per_class = rows // mixture.num_classes
-    names = mixture.class_names or tuple(str(c) for c in range(mixture.num_classes))
-    step = shape[0] + 1
-    ax.set_yticks([step * per_class * (c + 0.5) - 1 for c in range(len(names))], names)
-    ax.tick_params(length=0)
+    tiles = means.reshape(rows, columns, *shape)
+    plot_images(tiles, names=_names(mixture), limits=_limits(mixture), ax=ax)
     ax.set_xlabel("pseudotime →")
     return ax
+
+
+def _names(mixture: Mixture) -> tuple[str, ...]:
+    return mixture.class_names or tuple(str(c) for c in range(mixture.num_classes))
+
+
+def _limits(mixture: Mixture) -> tuple[float, float]:
+    return max(float(mixture.means.min()), 0.0), float(mixture.means.max())
 
 
 def plot_sample_images(
@@ -262,14 +291,9 @@ def plot_sample_images(
     """
     shape = _image_shape(mixture)
     count = mixture.num_classes
-    ax = _axes(ax, (0.55 * columns + 0.6, 0.55 * count + 0.1))
     samples = np.stack([_of_class(mixture, c).sample(rng, columns) for c in range(count)])
-    low, high = float(mixture.means.min()), float(mixture.means.max())
-    _show_tiles(ax, _tiles(samples.reshape(count, columns, *shape)), max(low, 0.0), high)
-    names = mixture.class_names or tuple(str(c) for c in range(count))
-    ax.set_yticks([(shape[0] + 1) * (c + 0.5) - 1 for c in range(count)], names)
-    ax.tick_params(length=0)
-    return ax
+    tiles = samples.reshape(count, columns, *shape)
+    return plot_images(tiles, names=_names(mixture), limits=_limits(mixture), ax=ax)
 
 
 def _of_class(mixture: Mixture, c: int) -> Mixture:
