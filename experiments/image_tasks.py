@@ -68,13 +68,13 @@ def in_paint(
     rest = np.setdiff1d(np.arange(mixture.dim), seen)
 
     @jax.jit
-    def fill(values: Array) -> tuple[Array, Array]:
+    def fill(mixture: MFA, values: Array) -> tuple[Array, Array]:
         others = mixture.condition(seen, values)
         return others.mean(), others.means[jnp.argmax(others.logits)]
 
     filled = [np.array(x), np.array(x)]
     for i, row in enumerate(x):
-        for image, values in zip(filled, fill(row[seen]), strict=True):
+        for image, values in zip(filled, fill(mixture, row[seen]), strict=True):
             image[i, rest] = values
     return filled[0], filled[1]
 
@@ -82,8 +82,8 @@ def in_paint(
 def denoise(mixture: MFA, y: Float[Array, "N D"], noise: float) -> Images:
     """Return E[x | y] of x from the mixture, where y = x + e and e has the given deviation."""
     noisy = mixture.with_noise(noise**2)
-    slope = jax.jit(jax.grad(lambda y: noisy.log_prob(y).sum()))
-    return np.asarray(y + noise**2 * slope(y))
+    slope = jax.jit(jax.grad(lambda y, noisy: noisy.log_prob(y).sum()))
+    return np.asarray(y + noise**2 * slope(y, noisy))
 
 
 def in_shape(x: npt.NDArray[np.uint8], shape: Sequence[int], to: Sequence[int]) -> Images:
