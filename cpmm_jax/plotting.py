@@ -185,17 +185,6 @@ def _thin(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return x[np.random.default_rng(0).choice(len(x), _FEW_POINTS, replace=False)]
 
 
-def _tiles(images: npt.NDArray[Any], gap: int = 1) -> npt.NDArray[Any]:
-    """Lay images (rows, columns, H, W) or (..., channels) out as one, NaN between them."""
-    rows, columns, height, width, *channels = images.shape
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, *channels), np.nan)
-    for i in range(rows):
-        for j in range(columns):
-            top, left = i * (height + gap), j * (width + gap)
-            sheet[top : top + height, left : left + width] = images[i, j]
-    return sheet
-
-
 def plot_images(
     images: npt.ArrayLike,
     *,
@@ -214,11 +203,13 @@ def plot_images(
     Returns:
         The axes.
     """
-    shown = np.asarray(images)
-    rows, columns, height = shown.shape[:3]
-    ax = _axes(ax, (0.55 * columns + 0.6, 0.55 * rows + 0.1))
+    shown = np.asarray(images, float)
+    rows, columns, height, _, *channels = shown.shape
+    ax = _axes(ax, (0.55 * columns + 0.6, 0.55 * rows + 0.3))
     low, high = limits or (float(shown.min()), float(shown.max()))
-    sheet = _tiles(shown)
+    between = [(0, 0)] * 2 + [(0, 1)] * 2 + [(0, 0)] * len(channels)
+    sheet = np.pad(shown, between, constant_values=np.nan).swapaxes(1, 2)
+    sheet = sheet.reshape(rows * (height + 1), -1, *channels)[:-1, :-1]
     colours = _pyplot().get_cmap("gray_r").with_extremes(bad="white")
     if sheet.ndim == 3 and sheet.shape[2] == 3:  # colours, which are shown as they are, in [0, 1]
         sheet = np.nan_to_num(np.clip((sheet - low) / (high - low), 0.0, 1.0), nan=1.0)
@@ -259,20 +250,14 @@ def plot_trajectory_images(mixture: Mixture, *, ax: Axes | None = None) -> Axes:
     """
     shape = _image_shape(mixture)
     means = _by_trajectory(mixture, mixture.means)
-    rows, columns = means.shape[:2]
-    ax = _axes(ax, (0.55 * columns + 0.6, 0.55 * rows + 0.3))
-    tiles = means.reshape(rows, columns, *shape)
-    plot_images(tiles, names=_names(mixture), limits=_limits(mixture), ax=ax)
+    ax = plot_images(means.reshape(*means.shape[:2], *shape), ax=ax, **_look(mixture))
     ax.set_xlabel("pseudotime →")
     return ax
 
 
-def _names(mixture: Mixture) -> tuple[str, ...]:
-    return mixture.class_names or tuple(str(c) for c in range(mixture.num_classes))
-
-
-def _limits(mixture: Mixture) -> tuple[float, float]:
-    return max(float(mixture.means.min()), 0.0), float(mixture.means.max())
+def _look(mixture: Mixture) -> dict[str, Any]:
+    names = mixture.class_names or tuple(map(str, range(mixture.num_classes)))
+    return {"names": names, "limits": (max(mixture.means.min(), 0.0), mixture.means.max())}
 
 
 def plot_sample_images(
@@ -291,20 +276,8 @@ def plot_sample_images(
     """
     shape = _image_shape(mixture)
     count = mixture.num_classes
-    samples = np.stack([_of_class(mixture, c).sample(rng, columns) for c in range(count)])
-    tiles = samples.reshape(count, columns, *shape)
-    return plot_images(tiles, names=_names(mixture), limits=_limits(mixture), ax=ax)
-
-
-def _of_class(mixture: Mixture, c: int) -> Mixture:
-    one = slice(c, c + 1)
-    return Mixture(
-        mixture.class_logits[one],
-        mixture.logits[one],
-        mixture.means[one],
-        mixture.loadings[one],
-        mixture.log_noise[one],
-    )
+    samples = np.stack([mixture.classes([c]).sample(rng, columns) for c in range(count)])
+    return plot_images(samples.reshape(count, columns, *shape), ax=ax, **_look(mixture))
 
 
 def plot_training(history: Sequence[Mapping[str, Any]], *, ax: Axes | None = None) -> Axes:
