@@ -19,7 +19,7 @@ _COS = (1.0, -1 / 2, 1 / 24, -1 / 720, 1 / 40320, -1 / 3628800, 1 / 479001600)
 
 @jax.custom_jvp
 def sin(x: Array) -> Array:
-    """Return the sine, in float32 to 2e-7 where |x| < 1e4, and bounded beyond.
+    """Return the sine, in float32 to two units in the last place of 1 (2.4e-7) where |x| < 1e4.
 
     In float32 by a polynomial, which XLA fuses with what is around it: its own sine takes six times
     as long on CPUs. Other dtypes get XLA's.
