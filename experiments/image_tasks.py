@@ -80,14 +80,23 @@ def in_paint(
 
 
 def denoise(mixture: MFA, y: Float[Array, "N D"], noise: float) -> Images:
-    """Return E[x | y] of x from the mixture, where y = x + e and e has the given deviation."""
+    """Return E[x | y], (N, D), of x from the mixture, where y = x + e and e ~ N(0, noise^2 I)."""
     noisy = mixture.with_noise(noise**2)
     slope = jax.jit(jax.grad(lambda y, noisy: noisy.log_prob(y).sum()))
     return np.asarray(y + noise**2 * slope(y, noisy))
 
 
 def in_shape(x: npt.NDArray[np.uint8], shape: Sequence[int], to: Sequence[int]) -> Images:
-    """Return grey images of another size, cut or repeated at the edges around their centre."""
+    """Return grey images of another size, cut or repeated at the edges around their centre.
+
+    Args:
+        x: shape (N, H W) or (N, H W channels).
+        shape: (H, W) or (H, W, channels) of these.
+        to: (H', W') wanted.
+
+    Returns:
+        Whole numbers, shape (N, H' W').
+    """
     images = x.reshape(len(x), *shape[:2], -1).mean(axis=-1).round()
     for axis, (has, wants) in enumerate(zip(shape[:2], to[:2], strict=True), start=1):
         more, less = max(0, wants - has), max(0, has - wants)
@@ -108,7 +117,7 @@ def other_images(
     upright = x.reshape(len(x), *shape[:2])
     found: dict[str, Images] = {
         "negatives": 255.0 - x,
-        "upside down": upright[:, ::-1].reshape(len(x), -1).astype(float),
+        "mirrored top to bottom": upright[:, ::-1].reshape(len(x), -1).astype(float),
         "lower and upper half of two": np.concatenate(
             [upright[:, : shape[0] // 2], np.roll(upright, 1, 0)[:, shape[0] // 2 :]], axis=1
         ).reshape(len(x), -1),

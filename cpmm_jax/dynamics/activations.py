@@ -12,14 +12,15 @@ from jaxtyping import Array
 # pi in three parts, the first two short, so that multiples of them are exact (Cody and Waite 1980,
 # Software manual for the elementary functions, chapter 8).
 _PI = (3.140625, 9.67502593994140625e-4, 1.509957990978376432e-7)
-# Taylor's series, whose remainder at pi / 2 is below half an ulp.
-_SIN = (1.0, -1 / 6, 1 / 120, -1 / 5040, 1 / 362880, -1 / 39916800)
-_COS = (1.0, -1 / 2, 1 / 24, -1 / 720, 1 / 40320, -1 / 3628800, 1 / 479001600)
+# Taylor's series but for their leading term, which comes last, so that one rounding is left of it.
+# The remainder at pi / 2 is below half a unit in the last place.
+_SIN = (-1 / 6, 1 / 120, -1 / 5040, 1 / 362880, -1 / 39916800)
+_COS = (-1 / 2, 1 / 24, -1 / 720, 1 / 40320, -1 / 3628800, 1 / 479001600)
 
 
 @jax.custom_jvp
 def sin(x: Array) -> Array:
-    """Return the sine, in float32 to two units in the last place of 1 (2.4e-7) where |x| < 1e4.
+    """Return the sine, in float32 to 2e-7 where |x| < 1e4.
 
     In float32 by a polynomial, which XLA fuses with what is around it: its own sine takes six times
     as long on CPUs. Other dtypes get XLA's.
@@ -27,7 +28,8 @@ def sin(x: Array) -> Array:
     if x.dtype != jnp.float32:
         return jnp.sin(x)
     sign, rest = _reduce(x)
-    return sign * rest * _horner(_SIN, rest * rest)
+    square = rest * rest
+    return sign * (rest + rest * square * _horner(_SIN, square))
 
 
 @jax.custom_jvp
@@ -36,7 +38,8 @@ def cos(x: Array) -> Array:
     if x.dtype != jnp.float32:
         return jnp.cos(x)
     sign, rest = _reduce(x)
-    return sign * _horner(_COS, rest * rest)
+    square = rest * rest
+    return sign * (1 + square * _horner(_COS, square))
 
 
 sin.defjvps(lambda tangent, _, x: tangent * cos(x))

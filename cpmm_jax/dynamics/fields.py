@@ -111,12 +111,13 @@ class MLPField(nnx.Module):
     def hidden(
         self, t: Float[Array, ""] | float, entering: Array, taps: Sequence[Tap | None]
     ) -> Array:
-        """Return the last hidden layer's units, shape (W,).
+        """Return the units of the last hidden layer, shape (widths[-1],).
 
         Args:
             t: pseudotime in [0, 1].
-            entering: what comes into the first hidden layer from the state, W h + b.
-            taps: those of the layers between, as in a call.
+            entering: what comes into the first hidden layer from the state, W h + b, shape
+                (widths[0],).
+            taps: those of the other hidden layers, as in a call.
         """
         clock = jnp.asarray(t, entering.dtype).reshape(1)
         activation, (first, *more) = ACTIVATIONS[self.activation], self.times

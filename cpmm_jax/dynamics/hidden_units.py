@@ -6,7 +6,9 @@ So h(t) = h(0) + z(t) U + t b, where z, the integral of the hidden units g, move
     dz/dt = g(t, h(0) V + a + t b V + z (U V)),    z(0) = 0:
 
 the matrices as long as the state are used before the solve and after it, not in every evaluation of
-the field. Runge-Kutta methods and the reversible Heun method commute with affine maps, so that the
+the field. Runge-Kutta methods commute with affine maps (McLachlan, Modin, Munthe-Kaas and Verdier
+2016, "B-series methods are exactly the affine equivariant methods"), and so does every method whose
+stages are sums of states and slopes, the reversible Heun method among them: step by step the
 numbers are those of the solve in h, to rounding.
 """
 
@@ -28,19 +30,22 @@ TOO_FEW_ROWS = 4
 class HiddenUnits(NamedTuple):
     """What moves z along trajectories with leading axes (C, S).
 
+    Shapes have H for the entries of a state, W for the units of the first hidden layer and L for
+    those of the last.
+
     Attributes:
-        field: the field of one trajectory, whose state has H entries.
+        field: the field of one trajectory.
         start: h(0), shape (C, S, H).
-        origin: h(0) V + a, shape (C, S, V).
-        kernel: U V, shape (U, V): from the last hidden layer to the first.
-        drift: b V, shape (V,).
+        origin: h(0) V + a, shape (C, S, W).
+        kernel: U V, shape (L, W): from the last hidden layer on to the first.
+        drift: b V, shape (W,).
     """
 
     field: MLPField
     start: Float[Array, "C S H"]
-    origin: Float[Array, "C S V"]
-    kernel: Float[Array, "U V"]
-    drift: Float[Array, " V"]
+    origin: Float[Array, "C S W"]
+    kernel: Float[Array, "L W"]
+    drift: Float[Array, " W"]
 
     @staticmethod
     def save_work(field: Any, rows: int, size: int) -> bool:
@@ -64,12 +69,14 @@ class HiddenUnits(NamedTuple):
         return cls(field, start, reading(start), kernel, drift)
 
     @property
-    def integrals(self) -> Float[Array, "C S U"]:
+    def integrals(self) -> Float[Array, "C S L"]:
         """z(0)."""
         return jnp.zeros((*self.start.shape[:2], len(self.kernel)), self.start.dtype)
 
-    def states(self, times: Float[Array, " T"], integrals: Float[Array, "T C S U"]) -> Array:
-        """Return h at `times`, where z is `integrals`, shape (T, C, S, H)."""
+    def states(
+        self, times: Float[Array, " T"], integrals: Float[Array, "T C S L"]
+    ) -> Float[Array, "T C S H"]:
+        """Return h at `times`, where z is `integrals`."""
         moving = self.field.output
         times = jnp.asarray(times, self.start.dtype)
         straight = jnp.outer(times, moving.bias[...])[:, None, None]  # type: ignore[index]
@@ -82,14 +89,18 @@ class HiddenUnits(NamedTuple):
 
 
 def move_hidden_units(
-    t: Any, integrals: Any, moved: HiddenUnits, taps: Sequence[Tap] | None = None
-) -> Any:
-    """Return dz/dt, the hidden units; z and taps have leading axes (C, S)."""
+    t: Any,
+    integrals: Float[Array, "C S L"],
+    moved: HiddenUnits,
+    taps: Sequence[Tap] | None = None,
+) -> Float[Array, "C S L"]:
+    """Return dz/dt at pseudotime t, the hidden units; the taps too have leading axes (C, S)."""
 
     def move(integral: Array, origin: Array, tap: Any) -> Array:
         first, *between = tap[0] if tap else [None] * len(moved.field.layers)
-        turned = integral @ moved.kernel
-        if first is not None:
+        if first is None:
+            turned = integral @ moved.kernel
+        else:
             turned = tapped_matmul(integral, moved.kernel, first)
         return moved.field.hidden(t, origin + t * moved.drift + turned, between)
 

@@ -102,22 +102,22 @@ def integrate(
         A `Solution` whose states are an `MFA` with leading axes (C, S * T): trajectory by
         trajectory, each in the order of time.
     """
-    move = _move_by_class if field_per_class else _move
     # One vector per trajectory, not a pytree: a step is many small operations on every leaf.
     unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0, 0], initial))[1]
     vectors = jax.vmap(jax.vmap(lambda state: ravel_pytree(state)[0]))(initial)
     rows = vectors.shape[:2]
     num_rows = math.prod(rows)
+    moved, start = field, vectors
+    move: Any = _move_by_class if field_per_class else _move
+    narrow = config.is_written_out and not field_per_class
+    if narrow and HiddenUnits.save_work(field, num_rows, vectors.shape[-1]):
+        moved = HiddenUnits.of(field, vectors)
+        start, move = moved.integrals, move_hidden_units
     few = not field_per_class and num_rows <= FEW_ROWS and hasattr(field, "taps")
-    equal = config.is_written_out and not field_per_class
-    if equal and HiddenUnits.save_work(field, num_rows, vectors.shape[-1]):
-        units = HiddenUnits.of(field, vectors)
-        taps = (lambda lead: units.taps((*lead, *rows))) if few else None
-        solution = solve(move_hidden_units, units.integrals, times, config, args=units, taps=taps)
-        solution = solution._replace(states=units.states(times, solution.states))
-    else:
-        taps = (lambda lead: field.taps((*lead, *rows))) if few else None
-        solution = solve(move, vectors, times, config, args=field, taps=taps)
+    taps = (lambda lead: moved.taps((*lead, *rows))) if few else None
+    solution = solve(move, start, times, config, args=moved, taps=taps)
+    if isinstance(moved, HiddenUnits):
+        solution = solution._replace(states=moved.states(times, solution.states))
     states = jax.vmap(jax.vmap(jax.vmap(unravel)))(jnp.moveaxis(solution.states, 0, 2))  # (C, S, T)
     components = jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 1, 3), states.component)
     return solution._replace(states=components)

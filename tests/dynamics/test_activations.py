@@ -17,9 +17,7 @@ def test_values(name: str, largest: float) -> None:
     got = jax.jit({"sin": sin, "cos": cos}[name])(x)
     assert got.dtype == np.float32
     expected = getattr(np, name)(x.astype(np.float64))
-    assert (
-        np.abs(np.asarray(got, np.float64) - expected).max() < 2.4e-7
-    )  # two units in the last place of 1
+    assert np.abs(np.asarray(got, np.float64) - expected).max() < 2e-7
 
 
 def test_derivatives(x64: None) -> None:

@@ -67,6 +67,7 @@ def test_gradients_of_a_solve(
 
     tapped = gradient()
     assert HiddenUnits.save_work(field, 6, 5) == (max(widths) < 5)
+    assert not HiddenUnits.save_work(field, 4, 5)
     monkeypatch.setattr(trajectory, "FEW_ROWS", 5)  # there are six
     untapped = gradient()
     monkeypatch.setattr(HiddenUnits, "save_work", lambda field, rows, size: False)
