@@ -126,3 +126,21 @@ def test_colours_are_shown_as_they_are() -> None:
     np.testing.assert_allclose(shown[0, 0], [0.0, 110 / 240, 1.0])
     with pytest.raises(ConfigError, match=r"of 1 or 3 channels; got \(2, 3, 2\)"):
         plotting.plot_trajectory_images(mixture(D=12, event_shape=(2, 3, 2)))
+
+
+def test_images_lie_in_rows_and_columns_with_a_gap_and_names_beside_their_rows() -> None:
+    images = np.arange(24.0).reshape(2, 2, 2, 3)
+    ax = plotting.plot_images(images, names=("a", "b"), limits=(0.0, 23.0))
+    gap = np.nan
+    np.testing.assert_array_equal(
+        np.ma.filled(ax.images[0].get_array(), gap),
+        [
+            [0, 1, 2, gap, 6, 7, 8],
+            [3, 4, 5, gap, 9, 10, 11],
+            [gap] * 7,
+            [12, 13, 14, gap, 18, 19, 20],
+            [15, 16, 17, gap, 21, 22, 23],
+        ],
+    )
+    assert ax.get_yticks().tolist() == [0.5, 3.5]  # the middle of each row of images
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]

@@ -37,12 +37,17 @@ def test_of_one_gaussian_what_is_hidden_and_what_is_clean_are_linear(x64: None) 
 def test_of_a_mixture_they_are_averages_over_the_components(x64: None) -> None:
     mixture, y = gaussians(3), jnp.asarray(np.random.default_rng(1).standard_normal((2, 4)))
     share = mixture.with_noise(4.0).responsibilities(y)
-    alone = [
-        image_tasks.denoise(jax.tree.map(lambda leaf, k=k: leaf[k : k + 1], mixture), y, 2.0)
-        for k in range(3)
-    ]
-    expected = np.einsum("nk,knd->nd", share, np.stack(alone))
+    ones = [jax.tree.map(lambda leaf, k=k: leaf[k : k + 1], mixture) for k in range(3)]
+    by_one = np.stack([image_tasks.denoise(one, y, 2.0) for one in ones])
+    expected = np.einsum("nk,knd->nd", share, by_one)
     np.testing.assert_allclose(image_tasks.denoise(mixture, y, 2.0), expected, rtol=1e-8)
+
+    seen = np.array([0, 2])
+    share = np.asarray(mixture.marginal(seen).responsibilities(y[:, seen]))
+    by_one = np.stack([image_tasks.in_paint(one, y, seen)[0] for one in ones])
+    filled, alone = image_tasks.in_paint(mixture, y, seen)
+    np.testing.assert_allclose(filled, np.einsum("nk,knd->nd", share, by_one), rtol=1e-8)
+    np.testing.assert_allclose(alone, by_one[share.argmax(axis=1), [0, 1]], rtol=1e-8)
 
 
 def test_images_are_cut_or_filled_around_their_centre() -> None:
