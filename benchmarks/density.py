@@ -4,13 +4,16 @@
 
 The machine's own float32 matrix-product rate is the better one of two products: one of the shapes
 of the density, (N, D) x (D, K (R + 2)), and a square one. The density counts 2 N K D (R + 2)
-operations, the gradient with respect to all parameters three times as many.
+operations, the gradient with respect to all parameters three times as many. On an accelerator there
+are larger sizes too, and the fraction of its bandwidth: the bytes that the examples and the
+products of both passes take, over those that a copy moves in that time.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +27,7 @@ from benchmarks.report import Report, Table, main
 from cpmm_jax import artifact
 from cpmm_jax.solver_study.timing import interleave
 
+COPY = "copy"
 PARAMETERS = ("logits", "means", "loadings", "log_noise")
 SQUARE = 2048  # side of the square product
 
@@ -40,6 +44,11 @@ class Size(NamedTuple):
         return f"N = {self.N}, K = {self.K}, D = {self.D}, R = {self.R}"
 
     @property
+    def bytes_moved(self) -> int:
+        """Bytes in float32 to read the examples, and to write and read the products once."""
+        return 4 * (self.N * self.D + 2 * self.N * self.K * (self.R + 2))
+
+    @property
     def operations(self) -> int:
         """Floating-point operations of the log-density, as counted here."""
         return 2 * self.N * self.K * self.D * (self.R + 2)
@@ -47,6 +56,8 @@ class Size(NamedTuple):
 
 SHORT = (Size(4096, 80, 64, 4),)
 FULL = (Size(4096, 80, 64, 4), Size(2048, 300, 784, 6), Size(1000, 100, 63, 6))
+LARGE = (Size(2**18, 80, 64, 4), Size(2**15, 300, 784, 6))  # besides, on an accelerator
+COPIED = 2**28  # numbers that are copied to know an accelerator's bandwidth
 GRADIENT_TOLERANCE = 1e-2  # between methods in float32, relative
 
 
@@ -102,15 +113,17 @@ def _jax_case(form: Callable[..., jax.Array], direction: str, size: Size) -> Cal
         return jax.value_and_grad(lambda p: form(p, x).mean())(p)
 
     function = form if direction == "forward" else forward_and_backward
-    compiled = jax.jit(function).lower(parameters, x).compile()
+    with jax.default_matmul_precision("float32"):  # which accelerators otherwise lower
+        compiled = jax.jit(function).lower(parameters, x).compile()
     return lambda: compiled(parameters, x)
 
 
 def _torch_case(direction: str, size: Size) -> Callable[[], Any]:
     torch = find("torch")
     parameters, x = draw(size)
-    leaves = {k: torch.tensor(v, requires_grad=True) for k, v in parameters.items()}
-    x = torch.tensor(x)
+    device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+    leaves = {k: torch.tensor(v, device=device, requires_grad=True) for k, v in parameters.items()}
+    x = torch.tensor(x, device=device)
 
     def log_prob() -> Any:
         d = torch.distributions
@@ -122,12 +135,12 @@ def _torch_case(direction: str, size: Size) -> Callable[[], Any]:
 
     def forward() -> Any:
         with torch.no_grad():
-            return log_prob().numpy()
+            return log_prob().cpu().numpy()
 
     def forward_and_backward() -> Any:
         value = log_prob().mean()
         grads = torch.autograd.grad(value, [leaves[name] for name in PARAMETERS])
-        return value.item(), {k: g.numpy() for k, g in zip(PARAMETERS, grads, strict=True)}
+        return value.item(), {k: g.cpu().numpy() for k, g in zip(PARAMETERS, grads, strict=True)}
 
     return forward if direction == "forward" else forward_and_backward
 
@@ -169,7 +182,7 @@ def prepare_case(method: str, direction: str, *size: str) -> Callable[[], Any]:
 def matrix_products(size: Size) -> dict[str, tuple[Callable[[], Any], int]]:
     """Return the two products that set the machine's rate, with their operations."""
     rng = np.random.default_rng(0)
-    product = jax.jit(jnp.matmul)
+    product = jax.jit(partial(jnp.matmul, precision="float32"))
     shapes = {
         "product of the density's shape": (size.N, size.D, size.K * (size.R + 2)),
         "square product": (SQUARE, SQUARE, SQUARE),
@@ -180,6 +193,15 @@ def matrix_products(size: Size) -> dict[str, tuple[Callable[[], Any], int]]:
         right = jnp.asarray(rng.normal(size=(d, m)), jnp.float32)
         products[name] = (lambda left=left, right=right: product(left, right), 2 * n * d * m)
     return products
+
+
+def copying() -> dict[str, Callable[[], Any]]:
+    """Return what sets an accelerator's bandwidth; nothing on a CPU, whose caches hold blocks."""
+    if jax.default_backend() == "cpu":
+        return {}
+    numbers = jnp.zeros(COPIED, jnp.float32)
+    add = jax.jit(lambda numbers: numbers + 1)
+    return {COPY: lambda: add(numbers)}
 
 
 def check(method: str, direction: str, result: Any, size: Size) -> float:
@@ -227,10 +249,12 @@ def measure_one(size: Size, direction: str, with_memory: bool) -> tuple[Table, d
         compare_gradients(results)
     del results
     products = matrix_products(size)
-    timings = interleave({**{name: p for name, (p, _) in products.items()}, **cases}, seconds=1.5)
+    others = {name: product for name, (product, _) in products.items()} | copying()
+    timings = interleave({**others, **cases}, seconds=1.5)
     rate = max(count / timings[name].median for name, (_, count) in products.items())
     passes = 1 if direction == "forward" else 3
     rows, data = [], {}
+    bandwidth = 8 * COPIED / timings[COPY].median if COPY in timings else None
     for name, (_, count) in products.items():
         fraction = count / timings[name].median / rate
         rows.append((name, str(timings[name]), f"{100 * fraction:.0f} %", "", "", "", ""))
@@ -249,12 +273,17 @@ def measure_one(size: Size, direction: str, with_memory: bool) -> tuple[Table, d
             "relative_error": errors[method],
             "compile_seconds": compiling[method],
         }
+        share = f"{100 * fraction:.0f} %"
+        if bandwidth is not None:
+            of_bandwidth = passes * size.bytes_moved / seconds / bandwidth
+            data[method]["fraction_of_bandwidth"] = of_bandwidth
+            share += f", {100 * of_bandwidth:.0f} %"
         # A full covariance is other work, so that its rate would say nothing.
         rows.append(
             (
                 method,
                 str(timings[method]),
-                "" if method.startswith("sklearn") else f"{100 * fraction:.0f} %",
+                "" if method.startswith("sklearn") else share,
                 f"{seconds / timings['ours'].median:.2f}",
                 show(memory.get(method)) if with_memory else "",
                 f"{errors[method]:.0e}",
@@ -263,13 +292,19 @@ def measure_one(size: Size, direction: str, with_memory: bool) -> tuple[Table, d
         )
     columns = ("method", "time (quartiles)", "of the rate", "times ours", "peak memory", "error", "prepared in")  # fmt: skip  # noqa: E501
     title = f"Log-density, {direction}, {size}; {rate / 1e9:.0f} GFLOP/s"
-    return Table(title, columns, rows), {"rate": rate, "methods": data}
+    if bandwidth is not None:
+        title += f", {bandwidth / 1e9:.0f} GB/s"
+        columns = ("method", "time (quartiles)", "of the rate, of the bandwidth", *columns[3:])
+    return Table(title, columns, rows), {"rate": rate, "bandwidth": bandwidth, "methods": data}
 
 
 def measure(full: bool) -> Report:
     """Measure all sizes, forward, and forward + backward."""
     tables, data = [], {}
-    for size in FULL if full else SHORT:
+    sizes = FULL if full else SHORT
+    if jax.default_backend() != "cpu":
+        sizes += LARGE
+    for size in sizes:
         for direction in ("forward", "forward + backward"):
             # Memory needs a fresh process for each method.
             table, numbers = measure_one(size, direction, with_memory=full)

@@ -129,8 +129,6 @@ def peer_of(size: Size) -> tuple[Any, float, float]:
     Raises:
         AssertionError: they are not those of the same model.
     """
-    import torch
-
     from benchmarks import torch_cpmm
 
     model, rng = make_model(size, HEUN), np.random.default_rng(0)
@@ -146,9 +144,9 @@ def peer_of(size: Size) -> tuple[Any, float, float]:
         return negative_log_likelihood(nnx.merge(graphdef, params, fixed), ends, x, y)[0]
 
     loss, gradient = jax.value_and_grad(objective)(params)
-    found = peer(torch.tensor(ends), torch.tensor(np.asarray(x)), torch.tensor(y))
+    found = peer(*map(torch_cpmm.tensor, (ends, np.asarray(x), y)))
     found.backward()
-    theirs = {name: value.grad.numpy() for name, value in peer.named_parameters()}
+    theirs = torch_cpmm.gradient_of(peer)
     ours = torch_cpmm.parameters_of(nnx.merge(graphdef, gradient, fixed))
     off = abs(found.item() / float(loss) - 1), relative_error(theirs, ours)
     if not (off[0] < 1e-4 and off[1] < 1e-3):
@@ -196,6 +194,7 @@ def named(size: Size) -> str:
 def measure(full: bool) -> Report:
     """Time step and ODE by turns, then beside PyTorch."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else PyTorch's idle threads spin
+    jax.config.update("jax_default_matmul_precision", "float32")  # on both sides
     turns, rows, numbers = 10 if full else 3, [], {}
     trainings = [Training(size, DEFAULT) for size in SIZES]
     for size, training in zip(SIZES, trainings, strict=True):

@@ -64,18 +64,23 @@ class Report:
     data: Any
     figures: dict[str, Callable[[Path], Any]] = field(default_factory=dict)
 
-    def write(self, folder: Path) -> None:
-        """Write `NAME.json` and the figures into `folder`."""
+    def write(self, folder: Path) -> Path:
+        """Write `NAME.json` and the figures into `folder`; on an accelerator `NAME.gpu.json`."""
+        import jax
+
         folder.mkdir(parents=True, exist_ok=True)
+        backend = jax.default_backend()
+        path = folder / f"{self.name}{'' if backend == 'cpu' else '.' + backend}.json"
         content = {
             "provenance": provenance(),
             "tables": [asdict(table) for table in self.tables],
             "figures": sorted(self.figures),
             "data": self.data,
         }
-        (folder / f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        path.write_text(json.dumps(content, indent=1) + "\n")
         for name, draw in self.figures.items():
             draw(folder / name)
+        return path
 
 
 def main(name: str, measure: Callable[[bool], Report]) -> None:
@@ -91,9 +96,7 @@ def main(name: str, measure: Callable[[bool], Report]) -> None:
     report = measure(full)
     for table in report.tables:
         print(f"\n{table}")
-    folder = RESULTS if full else OUTPUT
-    report.write(folder)
-    print(f"\nwritten: {folder / name}.json")
+    print(f"\nwritten: {report.write(RESULTS if full else OUTPUT)}")
     if full:
         write_readme()
     sys.stdout.flush()
@@ -106,8 +109,9 @@ def write_readme() -> None:
         content = json.loads(path.read_text())
         made = content["provenance"]
         versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items() if v)
-        parts.append(f"## {path.stem}")
-        parts.append(f"```bash\n.venv/bin/python -m benchmarks.{path.stem} --full\n```")
+        name, _, backend = path.stem.partition(".")
+        parts.append(f"## {name}{backend and ' on a ' + backend.upper()}")
+        parts.append(f"```bash\n.venv/bin/python -m benchmarks.{name} --full\n```")
         parts.append(
             f"{made['date']}, commit {made['commit']}, {made['device']}, {made['cores']} cores, "
             f"Python {made['python']}, {versions}."

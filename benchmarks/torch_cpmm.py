@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ import cpmm_jax as cpmm
 from benchmarks import torch_conv
 from cpmm_jax.dynamics.fields import MLPField
 
+DEVICE = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+torch.backends.cudnn.allow_tf32 = False  # float32, as elsewhere
 INITIAL = ("means", "loadings", "log_noise", "augmented")
 
 
@@ -73,6 +76,7 @@ class TorchCPMM(nn.Module):
         else:
             self.field = torch_conv.ConvField(model.field)
         self.load_state_dict(arrays)
+        self.to(DEVICE)
 
     def components(self, times: Tensor) -> LowRankMultivariateNormal:
         """Solve the ODE over [0, 1] and read the components at `times`, batch shape (T, C)."""
@@ -110,8 +114,7 @@ class TorchTraining:
         self.model, self.done = model, 0
         self.threads = torch.get_num_threads()
         self.draws = [
-            (torch.tensor(times), torch.tensor(x), torch.tensor(y, dtype=torch.int64))
-            for times, x, y in draws
+            (tensor(times), tensor(x), tensor(y, dtype=torch.int64)) for times, x, y in draws
         ]
         self.optimizer = torch.optim.Adam(model.parameters(), learning_rate, fused=True)
 
@@ -129,7 +132,7 @@ class TorchTraining:
 
     def gradient(self) -> dict[str, np.ndarray]:
         """Return the clipped gradient of the last step, by name."""
-        return {name: value.grad.numpy() for name, value in self.model.named_parameters()}
+        return gradient_of(self.model)
 
     def choose_threads(self, trials: int = 2) -> None:
         """Use one thread or as many as there are, whichever is faster here and now."""
@@ -142,6 +145,16 @@ class TorchTraining:
                 self.run()
             seconds[threads] = time.perf_counter() - start
         self.threads = min(seconds, key=seconds.__getitem__)
+
+
+def tensor(value: Any, **settings: Any) -> Tensor:
+    """Return a tensor where JAX computes: on the GPU if it has one."""
+    return torch.tensor(value, device=DEVICE, **settings)
+
+
+def gradient_of(model: nn.Module) -> dict[str, np.ndarray]:
+    """Return the gradient of a model's parameters, by name."""
+    return {name: value.grad.cpu().numpy() for name, value in model.named_parameters()}
 
 
 def parameters_of(model: cpmm.CPMM) -> dict[str, np.ndarray]:

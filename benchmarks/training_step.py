@@ -276,6 +276,7 @@ def step_row(name: str, timing: Timing, row: Mapping[str, Any]) -> list[str]:
 def measure(full: bool) -> Report:
     """Measure whole steps, then gradients; in full also the demo's size and a trained field."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else PyTorch's idle threads spin
+    jax.config.update("jax_default_matmul_precision", "float32")  # on both sides
     effort = {"seconds": 1.5, "least": 5} if full else {"seconds": 0.5, "least": 3}
     digits, tables, data = Digits.read(), [], {}
     if full:

@@ -23,12 +23,16 @@ def padded_size(n: int) -> int:
 
 
 def padded_size_of_few(n: int) -> int:
-    """Round up to a power of two, from 256 to 2,048, where a row of padding is work.
+    """Round a number of rows up, where a row of padding is work.
 
-    More rows stay as they are: compiling counts for little beside the work on them.
+    To a power of two, from 256 to 2,048; of more rows by less than an eighth; of a million and more
+    not at all.
     """
-    if n > SMALL:
+    if n >= LARGE:
         return n
+    if n > SMALL:
+        step = 2 ** (n.bit_length() - 4)
+        return -(-n // step) * step
     return max(SMALLEST, 1 << (n - 1).bit_length())
 
 

@@ -142,7 +142,8 @@ def test_the_recipe_of_the_cpmm(
 
 def test_the_flow() -> None:
     pytest.importorskip("flowjax")
-    with jax.numpy_rank_promotion("allow"):  # flowjax broadcasts as NumPy does
+    # flowjax broadcasts and promotes as NumPy does.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         found, rows = fit_blobs("flow")
         assert np.isfinite(found.log_prob(rows.x_valid)).all()
     assert found.num_parameters > 0
