@@ -113,10 +113,13 @@ def is_spoiled(
 
     `absolute` is an error in nats that is borne, however small the value.
     """
-    grouped = fast.reshape(fast.shape[0], num_sums, fast.shape[1] // num_sums)
+    # One sum in the shape that it has: its maximum is then found once, here and in its logarithm.
+    count, total = fast.shape
+    shape = (count, total) if num_sums == 1 else (count, num_sums, total // num_sums)
+    grouped = fast.reshape(shape)
     best = jnp.max(grouped, axis=-1, keepdims=True)
     relevant = ~(grouped < best - RELEVANCE)  # also where an overflow made both infinite or NaN
-    size = magnitude.reshape(grouped.shape)
+    size = magnitude.reshape(shape)
     size = jnp.where(size < jnp.inf, size, jnp.inf)  # a maximum may pass over NaN
     error = jnp.max(jnp.where(relevant, size, 0.0), axis=-1) * float(jnp.finfo(fast.dtype).eps)
     borne = jnp.maximum(absolute, RELATIVE_ERROR * jnp.abs(best[..., 0]))
