@@ -35,12 +35,18 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit, marked where the working tree differs from it; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """Return the commit, marked where code differs from it (not results); None outside git."""
+    code = [":/", ":(top,exclude)*/results/*", ":(top,exclude)*.md"]
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", *code)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return commit + ("-dirty" if changed else "")
+
+
+def _git(*command: str) -> str:
+    done = subprocess.run(
+        ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()

@@ -13,13 +13,19 @@ LONGEST_LOCAL = 16  # times; a longer one, of tables, must cross the data from a
 DIVISIONS = (1, 2, 4, 8)  # lengths of trajectories that are tried
 CURRICULA = ("none", "interpolant", "flow")
 WIDE_NOISE = 0.1  # least noise variance of a classifier's components
-WIDE_NOISE_IMAGES = 1.0  # the same of images, whose many pixels make components surer of a class
 IMAGE_SIDE = 16  # pixels from which images have a convolutional field
 IMAGE_TRAJECTORIES = 10  # of a density of images
-IMAGE_ROWS, IMAGE_STARTS = 128, 40  # for each trajectory of a classifier, and most of these
 IMAGES: dict[str, Any] = {"widths": (16,), "coarse_widths": (32,), "ode_steps": 8}
-SHORT_IMAGE_STEPS = 800
-SHORT_IMAGES: dict[str, Any] = {"widths": (8,), "coarse_widths": (), "ode_steps": 2}  # T <= 2
+# A classifier of images has many short trajectories, and the wider noise since many pixels make
+# components surer of a class.
+IMAGE_ROWS, MOST_SHORT = 128, 40  # rows for each of these trajectories, and most of them
+SHORT_TIMES, SHORT_STEPS = 2, 800
+SHORT_IMAGES: dict[str, Any] = {
+    "widths": (8,),
+    "coarse_widths": (),
+    "ode_steps": 2,
+    "least_noise": 1.0,
+}
 REFIT_BELOW = 5000  # rows under which a validation part is too much to leave out of the fit
 
 
@@ -195,15 +201,17 @@ def recommend(
     tails = 0.1 if components is None and _few(rows, dim) else 0.0
     rank = default_rank(rows, dim) if rank is None else rank
     image = image_shape(event_shape)
-    short = image is not None and trajectories is None and components is None and discriminative > 0
+    open_sizes = trajectories is None and components is None
+    short = image is not None and discriminative > 0 and open_sizes and rows >= 2 * IMAGE_ROWS
     if short:
-        trajectories = max(1, min(IMAGE_STARTS, int(rows) // IMAGE_ROWS))
+        trajectories = min(MOST_SHORT, int(rows) // IMAGE_ROWS)
+        steps = SHORT_STEPS if steps is None else steps
     elif trajectories is None and image is not None and components is None and not grouped:
         trajectories = max(1, min(IMAGE_TRAJECTORIES, num_examples // 8))
     if trajectories is None:
         trajectories = _default_trajectories(rows, dim, rank, components, classes)
     if components is None:
-        times = 2 if short and trajectories > 1 else _default_times(rows, dim, trajectories)
+        times = SHORT_TIMES if short else _default_times(rows, dim, trajectories)
     elif components % (classes * trajectories):
         raise ConfigError(
             f"`components` must be a multiple of classes x trajectories = {classes} x "
@@ -240,19 +248,16 @@ def recommend(
     )
     if image is None:
         return recipe
-    field = SHORT_IMAGES if short and times <= 2 else IMAGES
     return replace(
         recipe,
         event_shape=image,
         dequantise=dequantise,
-        steps=SHORT_IMAGE_STEPS if short and steps is None else recipe.steps,
-        least_noise=WIDE_NOISE_IMAGES if discriminative else 0.0,
         local_start=(clusters is not None or curriculum == "none") if asked is None else asked,
         train_times=times,
         divisions=(),
         tails=0.0,
         refit=False,
-        **field,
+        **(SHORT_IMAGES if short else IMAGES),
     )
 
 

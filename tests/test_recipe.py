@@ -130,10 +130,13 @@ def test_images_of_a_size_get_a_convolutional_field() -> None:
     assert recipe.local_start and recommend(3000, 320, 10, local_start=True, **images).local_start
     telling = recommend(3000, 320, 10, discriminative=0.99, **images)  # classes apart
     assert (telling.num_trajectories, telling.num_times) == (2, 2)
-    assert telling.ode_steps < recipe.ode_steps and telling.least_noise == 1.0 > 0.1
-    assert recommend(1000, 320, 10, discriminative=0.99, **images).num_times == 16  # no rows for 2
-    given = recommend(3000, 320, 10, discriminative=0.99, trajectories=2, steps=7, **images)
-    assert (given.ode_steps, given.steps) == (recipe.ode_steps, 7)
+    assert (telling.ode_steps, telling.steps, telling.least_noise) == (2, 800, 1.0)
+    assert recommend(60_000, 320, 10, discriminative=0.99, **images).num_trajectories == 40
+    assert recommend(3000, 320, 10, discriminative=0.99, steps=7, **images).steps == 7
+    few = recommend(2000, 320, 10, discriminative=0.99, **images)  # no rows for two of them
+    given = recommend(3000, 320, 10, discriminative=0.99, trajectories=2, **images)
+    for other in (few, given):
+        assert (other.ode_steps, other.steps, other.least_noise) == (8, 1500, 0.1)
     along = recommend(3000, 320, 10, curriculum="interpolant", **images)
     apart = recommend(3000, 320, 10, local_start=False, **images)
     assert not along.local_start and not apart.local_start

@@ -254,6 +254,16 @@ def test_blocks_leave_gradients_alone(rng, make_mixture):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_rounding_counts_where_it_matters_to_one_of_the_sums():
+    fast = jnp.array([[-1.0, -2.0, -100.0, -101.0]])
+    magnitude = jnp.array([[1.0, 1.0, 1e6, 1.0]])  # 0.1 off: nothing beside -1, much in -100
+    assert not density.is_spoiled(fast, magnitude, 1)
+    assert density.is_spoiled(fast, magnitude, 2)
+    assert density.is_spoiled(fast, magnitude[:, ::-1], 1) and density.is_spoiled(
+        fast, jnp.nan * fast, 1
+    )
+
+
 def test_default_block_is_bounded():
     assert density.block_size(10, 3, 5, 2, None) == 10
     size = density.block_size(10**9, 100, 64, 4, None)
