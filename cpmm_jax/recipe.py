@@ -16,15 +16,15 @@ WIDE_NOISE = 0.1  # least noise variance of a classifier's components
 IMAGE_SIDE = 16  # pixels from which images have a convolutional field
 IMAGE_TRAJECTORIES = 10  # of a density of images
 IMAGES: dict[str, Any] = {"widths": (16,), "coarse_widths": (32,), "ode_steps": 8}
-# A classifier of images has many short trajectories, and the wider noise since many pixels make
-# components surer of a class.
+# A classifier of images has many short trajectories of many factors, and the wider noise since many
+# pixels make components surer of a class.
 IMAGE_ROWS, MOST_SHORT = 128, 40  # rows for each of these trajectories, and most of them
-SHORT_TIMES, SHORT_STEPS = 2, 800
+SHORT_RANK, SHORT_TIMES, SHORT_STEPS = 20, 2, 300
 SHORT_IMAGES: dict[str, Any] = {
     "widths": (8,),
     "coarse_widths": (),
     "ode_steps": 2,
-    "least_noise": 1.0,
+    "least_noise": 0.25,
 }
 REFIT_BELOW = 5000  # rows under which a validation part is too much to leave out of the fit
 
@@ -199,10 +199,11 @@ def recommend(
     if _ample(rows, dim) and local_start and components and trajectories is None and not grouped:
         divisions = tuple(times for times in DIVISIONS if components % times == 0)
     tails = 0.1 if components is None and _few(rows, dim) else 0.0
-    rank = default_rank(rows, dim) if rank is None else rank
     image = image_shape(event_shape)
     open_sizes = trajectories is None and components is None
     short = image is not None and discriminative > 0 and open_sizes and rows >= 2 * IMAGE_ROWS
+    if rank is None:
+        rank = SHORT_RANK if short else default_rank(rows, dim)
     if short:
         trajectories = min(MOST_SHORT, int(rows) // IMAGE_ROWS)
         steps = SHORT_STEPS if steps is None else steps

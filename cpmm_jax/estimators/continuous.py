@@ -175,8 +175,9 @@ class CPMMClassifier(Classifier, _Continuous):
 class CPMMCluster(Cluster, _Continuous):
     """Every cluster a mixture read off trajectories of one field.
 
-    The graph of nearest neighbours is cut into clusters (see `mixture.grouping`); a CPMM with a
-    class for each is trained on log p(x, cluster), and Bayes' rule says of which one a row is.
+    The graph of nearest neighbours is cut into clusters, or k-means finds them where it does not
+    fall apart (see `mixture.grouping`); a CPMM with a class for each is trained on
+    log p(x, cluster), and Bayes' rule says of which one a row is.
 
     Args:
         n_clusters: a number, or "auto" for what the Bayesian information criterion finds.

@@ -24,6 +24,7 @@ NEIGHBOURS = 10
 MOST_ROWS = 20_000  # of a graph; beyond, so many are drawn, and the others follow the nearest
 SMALL = 500  # rows up to which eigenvectors are those of a dense matrix
 RESTARTS = 10  # of the k-means among eigenvectors
+WEAK = 0.1  # part of a group's edges that leave it, from which on the graph does not fall apart
 SPREAD = 0.99  # of a label that goes on to the neighbours at each step
 STEPS = 100
 BLOCK_ELEMENTS = 2**22  # distances held at a time
@@ -41,7 +42,8 @@ def group_examples(
 
     Which neighbours are near depends on the units of the features. Of several choices that is taken
     whose graph falls apart best: by the sum over groups of the part of a group's edges that leave
-    it, the normalised cut.
+    it, the normalised cut. Where more than a tenth of the edges do, there is no gap for a cut to
+    follow, and the groups are those of k-means, in the first of the choices.
 
     Args:
         x: examples, shape (N, D).
@@ -66,7 +68,9 @@ def group_examples(
         cut = _normalised_cut(graph, groups, num_groups)
         if cut < best[0] or best[1] is None:
             best = cut, groups, scaled
-    _, groups, scaled = best
+    cut, groups, scaled = best
+    if cut > WEAK * num_groups:
+        return kmeans(np.asarray(x * scales[0], np.float32), num_groups, seed=seed)[1]
     if len(rows) < len(x):
         groups = groups[nearest_rows(scaled, scaled[rows], 1)[:, 0]]
     return groups  # type: ignore[no-any-return]

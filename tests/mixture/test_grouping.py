@@ -7,6 +7,7 @@ import pytest
 
 from cpmm_jax.mixture import grouping
 from cpmm_jax.mixture.grouping import group_examples, neighbour_graph, spread_labels
+from cpmm_jax.mixture.initialise import kmeans
 
 
 def rings(rng: np.random.Generator, count: int = 300) -> tuple[np.ndarray, np.ndarray]:
@@ -28,6 +29,14 @@ def test_rings_are_told_apart(
     monkeypatch.setattr(grouping, "SMALL", small)  # a dense matrix, and a sparse one
     x, y = rings(rng)
     assert agree(group_examples(x, 2), y)
+
+
+def test_where_the_graph_does_not_fall_apart_groups_are_those_of_k_means(
+    rng: np.random.Generator,
+) -> None:
+    x = rng.normal(size=(200, 4)).astype(np.float32)  # one cloud
+    found = group_examples(x, 3, scales=(1.0, 0.5), seed=2)
+    np.testing.assert_array_equal(found, kmeans(x, 3, seed=2)[1])
 
 
 def test_a_row_is_no_neighbour_of_itself(rng: np.random.Generator) -> None:
