@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cpmm_jax.data import make
-from experiments import ablation, curriculum, figure2, gaussians25, images
+from experiments import ablation, curriculum, figure2, gaussians25, images, spirals
 from experiments.compare.cells import Cell, Settings, write
 
 
@@ -100,6 +100,17 @@ def test_the_experiment_on_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert metrics["accuracy"] == 1.0 and 4 < metrics["bits_per_dimension"] < 8
         assert 0 <= metrics["js"] <= np.log(2)
     assert images.measure(cell, "pca_gmm", data)["metrics"]["accuracy"] == 1.0
+
+
+@pytest.mark.slow
+def test_the_two_spirals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spirals, "RESULT", tmp_path / "spirals.json")
+    monkeypatch.setattr(spirals, "CURRICULA", ("none", "interpolant"))
+    monkeypatch.setattr(spirals, "SECONDS", 0.1)
+    spirals.main(["--seeds", "1", "--steps", "60"])
+    found = json.loads((tmp_path / "spirals.json").read_text())["test_log_likelihood"]
+    trained, polished = found["interpolant, trained"][0], found["interpolant, polished"][0]
+    assert trained < polished and len(found) == 5
 
 
 @pytest.mark.slow
