@@ -129,8 +129,9 @@ def test_images_of_a_size_get_a_convolutional_field() -> None:
     images: dict[str, Any] = {"labelled": True, "event_shape": (16, 20)}
     assert recipe.local_start and recommend(3000, 320, 10, local_start=True, **images).local_start
     telling = recommend(3000, 320, 10, discriminative=0.99, **images)  # classes apart
-    assert (telling.num_trajectories, telling.num_times) == (2, 2)
-    assert (telling.ode_steps, telling.steps, telling.least_noise) == (2, 800, 1.0)
+    assert (telling.num_trajectories, telling.num_times, telling.rank) == (2, 2, 20)
+    assert recommend(3000, 320, 10, discriminative=0.99, rank=3, **images).rank == 3
+    assert (telling.ode_steps, telling.steps, telling.least_noise) == (2, 300, 0.25)
     assert recommend(60_000, 320, 10, discriminative=0.99, **images).num_trajectories == 40
     assert recommend(3000, 320, 10, discriminative=0.99, steps=7, **images).steps == 7
     few = recommend(2000, 320, 10, discriminative=0.99, **images)  # no rows for two of them
