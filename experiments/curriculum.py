@@ -45,7 +45,7 @@ MODELS = ("direct", "cpmm")
 CURRICULA = ("none", "likelihood", "matching", "interpolant")
 SECONDS, STEPS = 30.0, 4000  # of one fit
 FLOW_SHARE = 0.4  # of the seconds
-FLOW_STEPS = {"likelihood": 300, "matching": 4000}  # where the mixture's steps are equal
+FLOW_STEPS = {"likelihood": 100, "matching": 2000}  # where the mixture's steps are equal
 PILOT = {"steps": 200}
 FLOOR = 1e-4  # of a column's variance: the least noise variance
 STAGES = cpmm.Stages.linear(24, last_share=0.5)
