@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cpmm_jax.data import make
-from experiments import ablation, curriculum, figure2, gaussians25, images, spirals
+from experiments import ablation, curriculum, figure2, gaussians25, images, one_trajectory
 from experiments.compare.cells import Cell, Settings, write
 
 
@@ -103,14 +103,14 @@ def test_the_experiment_on_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_the_two_spirals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spirals, "RESULT", tmp_path / "spirals.json")
-    monkeypatch.setattr(spirals, "CURRICULA", ("none", "interpolant"))
-    monkeypatch.setattr(spirals, "SECONDS", 0.1)
-    spirals.main(["--seeds", "1", "--steps", "60"])
-    found = json.loads((tmp_path / "spirals.json").read_text())["test_log_likelihood"]
-    trained, polished = found["interpolant, trained"][0], found["interpolant, polished"][0]
-    assert trained < polished and len(found) == 5
+def test_one_trajectory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_trajectory, "CURRICULA", ("none", "interpolant"))
+    monkeypatch.setattr(one_trajectory, "SECONDS", 0.1)
+    sizes = ["--sets", "spirals", "--seeds", "1", "--steps", "60"]
+    one_trajectory.main([*sizes, "--out", str(tmp_path)])
+    numbers = json.loads((tmp_path / "one_trajectory.json").read_text())["data"]
+    assert numbers["spirals: none, trained"] < numbers["spirals: none, polished"]
+    assert len(numbers) == 5
 
 
 @pytest.mark.slow
