@@ -149,18 +149,20 @@ def fit_mixture(
     if recipe.clusters:
         before = None if begin is None else begin.standardized
         data = with_clusters(data, recipe, standardizer.scale, before)
-    train = (data.x_train, data.y_train)
-    valid: Any = {key: getattr(data, key) for key in ("x_valid", "y_valid", "weight_valid")}
     keep: Any = partial(_keep, checkpoints, resume)
     quiet: Any = {"progress": progress}
     curriculum = build_curriculum(data.x_train, data.x_valid, recipe, flow, **quiet, **keep("flow"))
     recipe = divide(data, floor, recipe)
     untrained = begin and begin.model
     if untrained is None:
-        classes = complete(*train, recipe, weight=data.weight_train)
+        classes = complete(data.x_train, data.y_train, recipe, weight=data.weight_train)
         untrained = build_model(
             data.x_train, classes, floor, recipe, curriculum, weight=data.weight_train
         )
+    if pixels is not None and not (recipe.polish or recipe.refit):  # a copy too many, of images
+        data = replace(data, x_train=recorded[0], x_valid=recorded[1])
+    train = (data.x_train, data.y_train)
+    valid: Any = {key: getattr(data, key) for key in ("x_valid", "y_valid", "weight_valid")}
     given: Any = {} if pixels is None else {"pixels": pixels, "x_valid": recorded[1]}
     result = fit(
         untrained,
