@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="with labels, the share of log p(x) taken from the objective; default: 0",
     )
     fit.add_argument(
-        "--curriculum", choices=CURRICULA, help="train towards DATA along a map; default: none"
+        "--curriculum", choices=CURRICULA, help="train towards DATA along a map; default: from DATA"
     )
     fit.add_argument(
         "--flow", metavar="PATH", help="an earlier run on DATA, whose flow is the curriculum"

@@ -116,7 +116,7 @@ def recommend(
     batch_size: int | None = None,
     learning_rate: float | None = None,
     discriminative: float = 0.0,
-    curriculum: str = "none",
+    curriculum: str | None = None,
     event_shape: Sequence[int] | None = None,
     dequantise: bool = False,
     seed: int = 0,
@@ -145,7 +145,8 @@ def recommend(
         learning_rate: highest learning rate.
         discriminative: with labels, the share of log p(x) that is taken from the objective. Above
             0, components are wide: narrow ones are too sure of the class of what lies near them.
-        curriculum: "none", "interpolant" or "flow".
+        curriculum: "none", "interpolant" or "flow". Where it is left open, a density of tables has
+            "interpolant" if its trajectories are so long that each must cross the data.
         event_shape: of one example: images of 16 x 16 pixels and more get a convolutional field.
         dequantise: whether images are recorded pixels, whole numbers 0..255.
         seed: seed of everything random.
@@ -174,7 +175,7 @@ def recommend(
             f"`rank` must be at most D = {dim}, the number of features; got {rank}. "
             f"Ranks near {min(4, dim)} are a good start."
         )
-    if curriculum not in CURRICULA:
+    if curriculum is not None and curriculum not in CURRICULA:
         raise ConfigError(
             f"`curriculum` must be one of {', '.join(CURRICULA)}; got {curriculum!r}."
         )
@@ -192,9 +193,10 @@ def recommend(
     classes = (clusters or num_classes) if grouped else 1
     rows = num_examples / classes  # of one class
     asked = local_start
+    towards = curriculum in ("interpolant", "flow")
     if local_start is None:  # clusters are where they start
         enough = _ample(rows, dim) if labelled else not _few(rows, dim)
-        local_start = clusters is not None or (enough and curriculum == "none")
+        local_start = clusters is not None or (enough and not towards)
     divisions: tuple[int, ...] = ()
     if _ample(rows, dim) and local_start and components and trajectories is None and not grouped:
         divisions = tuple(times for times in DIVISIONS if components % times == 0)
@@ -221,6 +223,9 @@ def recommend(
     else:
         times = components // (classes * trajectories)
     check_enough_rows(num_examples, classes * trajectories * times)
+    if curriculum is None:
+        crossing = times > LONGEST_LOCAL and image is None and not grouped
+        curriculum = "interpolant" if crossing else "none"
     recipe = Recipe(
         num_classes=classes if grouped else trajectories,
         num_trajectories=trajectories if grouped else 1,
@@ -253,7 +258,7 @@ def recommend(
         recipe,
         event_shape=image,
         dequantise=dequantise,
-        local_start=(clusters is not None or curriculum == "none") if asked is None else asked,
+        local_start=(clusters is not None or not towards) if asked is None else asked,
         train_times=times,
         divisions=(),
         tails=0.0,

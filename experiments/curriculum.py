@@ -1,6 +1,6 @@
 """Does a curriculum pay? {direct, CPMM} x {none, flow by likelihood, by matching, interpolant}.
 
-    python -m experiments.curriculum [--sets A,B] [--seeds 5] [--jobs 2] [--data-dir DIR]
+    python -m experiments.curriculum [--sets A,B] [--seeds 5] [--at seconds] [--jobs 2]
 
 Every mixture has 40 components of rank 4 (D - 1 at most) and starts at random: the direct one at
 random examples, the trajectories of the CPMM at examples. Two tables: at equal seconds, those of
@@ -248,6 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of one fit")
     parser.add_argument("--steps", type=int, default=STEPS, help="of one fit")
+    parser.add_argument(
+        "--at", choices=("seconds", "steps"), help="of which equally many; default: both in turn"
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--out", type=Path, default=OUTPUT)
@@ -255,15 +258,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     sets = given.sets.split(",") if given.sets else names(given.data_dir)
     load = partial(density_set, data_dir=given.data_dir)
     keys = list(product(sets, MODELS, CURRICULA))
-    comparisons = {
-        "equal_seconds": lengths_within(
-            given.seconds, sets, given.out / "pilots", load, given.jobs
-        ),
-        "equal_steps": {
+    comparisons = {}
+    if given.at != "steps":
+        pilots = given.out / "pilots"
+        comparisons["equal_seconds"] = lengths_within(given.seconds, sets, pilots, load, given.jobs)
+    if given.at != "seconds":
+        comparisons["equal_steps"] = {
             key: Lengths("equal_steps", 0.0, *SIZE, given.steps, FLOW_STEPS.get(key[2], 0))
             for key in keys
-        },
-    }
+        }
     tables, numbers = [], {}
     for name, lengths in comparisons.items():
         cells = [

@@ -119,6 +119,16 @@ def test_the_batch_of_few_rows_is_the_same_with_a_validation_part(rows: int, siz
     assert recommend(rows, 2).batch_size == size <= 0.85 * rows
 
 
+def test_a_trajectory_that_must_cross_the_data_has_a_curriculum() -> None:
+    long = {"components": 64, "trajectories": 1}
+    assert recommend(2000, 2, **long).curriculum == "interpolant"
+    assert recommend(2000, 2, **long, curriculum="none").curriculum == "none"
+    assert recommend(2000, 2, 2, labelled=True, components=128, trajectories=1).curriculum == "none"
+    for other in (recommend(2000, 2), recommend(2000, 2, components=16, trajectories=1)):
+        assert other.curriculum == "none"
+    assert recommend(3000, 256, event_shape=(16, 16), **long).curriculum == "none"
+
+
 def test_images_of_a_size_get_a_convolutional_field() -> None:
     small = recommend(3000, 64, 10, labelled=True, event_shape=(8, 8), dequantise=True)
     assert small == recommend(3000, 64, 10, labelled=True)

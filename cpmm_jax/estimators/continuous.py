@@ -18,7 +18,7 @@ class _Continuous(Estimator):
         *,
         n_trajectories: int | None = None,
         rank: int | None = None,
-        curriculum: str = "none",
+        curriculum: str | None = None,
         max_iter: int | None = None,
         batch_size: int | None = None,
         learning_rate: float | None = None,
@@ -87,7 +87,8 @@ class CPMMDensity(Density, _Continuous):
             that follows from the rows and features.
         n_trajectories: trajectories among which they divide.
         rank: factors of a component, R.
-        curriculum: "none", "interpolant" or "flow": a map to a Gaussian along which to train first.
+        curriculum: "none", "interpolant" or "flow": a map to a Gaussian along which to train first;
+            None for what suits the length of the trajectories.
         max_iter: training steps.
         batch_size: rows in a step.
         learning_rate: highest learning rate.
@@ -147,7 +148,7 @@ class CPMMClassifier(Classifier, _Continuous):
         n_trajectories: int | None = None,
         rank: int | None = None,
         discriminative: float = 0.9,
-        curriculum: str = "none",
+        curriculum: str | None = None,
         max_iter: int | None = None,
         batch_size: int | None = None,
         learning_rate: float | None = None,
@@ -204,7 +205,7 @@ class CPMMCluster(Cluster, _Continuous):
         n_components: int | None = None,
         n_trajectories: int | None = None,
         rank: int | None = None,
-        curriculum: str = "none",
+        curriculum: str | None = None,
         max_iter: int | None = None,
         batch_size: int | None = None,
         learning_rate: float | None = None,
