@@ -131,7 +131,8 @@ def fit_mixture(
     else:
         standardizer = begin.standardizer
         recipe = replace(recipe, **{name: getattr(begin.recipe, name) for name in OF_THE_MODEL})
-        recipe = replace(recipe, divisions=(), refit=False)
+        # Along a curriculum the training would forget what it goes on from.
+        recipe = replace(recipe, divisions=(), refit=False, curriculum="none")
     floor = np.maximum(standardizer.noise_floor(), recipe.least_noise)
     data = Dataset("x", x_train, y_train, weight_train=weight)
     if x_valid is None:  # the rows that `fit` would take

@@ -93,7 +93,8 @@ class CPMMDensity(Density, _Continuous):
         batch_size: rows in a step.
         learning_rate: highest learning rate.
         n_init: fits from different starts, the best of which by validation is kept.
-        warm_start: whether `fit` goes on from the last fit, in the same sizes; not after loading.
+        warm_start: whether `fit` goes on from the last fit, in the same sizes and along no
+            curriculum; not after loading.
         verbose: whether to show progress.
         random_state: seed of everything random.
 

@@ -137,6 +137,14 @@ def test_a_warm_start_goes_on(model: Any) -> None:
     assert fitted.score_samples(X).mean() > before - 0.1
 
 
+def test_a_warm_start_of_a_long_trajectory_goes_on_at_the_data() -> None:
+    x = np.random.default_rng(0).normal(size=(300, 2))
+    model = cpmm.CPMMDensity(17, n_trajectories=1, max_iter=60, warm_start=True, random_state=0)
+    before = model.fit(x).score(x)
+    assert model.fit(x).n_iter_ == 60
+    assert model._fitted.recipe.curriculum == "none" and model.score(x) > before - 0.05
+
+
 def test_models_go_into_pipelines_and_searches() -> None:
     pipeline = make_pipeline(StandardScaler(), cpmm.MFAClassifier(random_state=0))
     assert cross_val_score(pipeline, X, Y, cv=2).min() > 0.9
