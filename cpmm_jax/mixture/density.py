@@ -93,14 +93,15 @@ def matrix_product_form(
 
 
 def residual_form(x: Float[Array, "N D"], components: Components) -> Float[Array, "N K"]:
-    """Return log w_k + log N_k from residuals in float64, in the dtype of x."""
+    """Return log w_k + log N_k from residuals in float64, in the dtype of x.
 
-    def evaluate(x: Array, components: Components) -> Array:
-        log_weights, *parameters = components
-        by_component = jax.lax.map(lambda p: linalg.log_prob(x, *p), tuple(parameters))
-        return by_component.T + log_weights[None, :]
-
-    return linalg.in_float64(evaluate)(x, components)  # type: ignore[no-any-return]
+    Widened one component at a time: float64 copies of all of them, and of what is made of them,
+    would be most of the program's memory.
+    """
+    log_weights, *parameters = components
+    evaluate = linalg.in_float64(linalg.log_prob)
+    by_component = jax.lax.map(lambda p: evaluate(x, *p), tuple(parameters))
+    return by_component.T + log_weights[None, :]
 
 
 def is_spoiled(
@@ -191,7 +192,7 @@ def map_blocks(function: Callable[[Any], Any], rows: Any, size: int) -> Any:
     Args:
         function: maps a pytree of (n, ...) arrays to a pytree of (n, ...) arrays.
         rows: a pytree of arrays with the same leading axis N.
-        size: rows in a block; blocks are made equal, the last one padded with zeros.
+        size: most rows in a block; blocks are made equal, the last one padded with zeros at need.
 
     Returns:
         The results with leading axis N. Memory for intermediates (also those of the derivative)
@@ -201,6 +202,8 @@ def map_blocks(function: Callable[[Any], Any], rows: Any, size: int) -> Any:
     if total <= size:
         return function(rows)
     count = math.ceil(total / size)
+    # Somewhat smaller blocks where they then divide the rows: nothing to pad, so nothing to copy.
+    count = next((more for more in range(count, 2 * count) if total % more == 0), count)
     size = math.ceil(total / count)
 
     def blocks(leaf: Array) -> Array:
