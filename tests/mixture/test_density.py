@@ -244,6 +244,19 @@ def test_blocks_change_nothing(rng, make_mixture):
     np.testing.assert_allclose(mixture.log_prob(x, chunk_size=7), mixture.log_prob(x), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("total", "block"), [(12, 4), (13, 5)])
+def test_blocks_of_at_most_five_rows_divide_them_if_they_can(total, block):
+    seen = set()
+
+    def function(rows):
+        seen.add(rows.shape[0])
+        return jnp.exp(rows)
+
+    rows = jnp.arange(float(total))
+    np.testing.assert_allclose(density.map_blocks(function, rows, 5), jnp.exp(rows), rtol=1e-6)
+    assert seen == {block}
+
+
 def test_blocks_leave_gradients_alone(rng, make_mixture):
     mixture = make_mixture(rng, 3, dim=5, rank=2)
     x = jnp.asarray(rng.normal(size=(N, 5)), jnp.float32)
