@@ -98,10 +98,12 @@ def residual_form(x: Float[Array, "N D"], components: Components) -> Float[Array
     Widened one component at a time: float64 copies of all of them, and of what is made of them,
     would be most of the program's memory.
     """
-    log_weights, *parameters = components
-    evaluate = linalg.in_float64(linalg.log_prob)
-    by_component = jax.lax.map(lambda p: evaluate(x, *p), tuple(parameters))
-    return by_component.T + log_weights[None, :]
+
+    def evaluate(x: Array, log_weight: Array, *parameters: Array) -> Array:
+        return linalg.log_prob(x, *parameters) + log_weight
+
+    wide = linalg.in_float64(evaluate)
+    return jax.lax.map(lambda component: wide(x, *component), tuple(components)).T
 
 
 def is_spoiled(
